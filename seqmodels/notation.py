@@ -1,0 +1,45 @@
+"""The vocabulary of the whole code: axis letters, array aliases, fixed names.
+
+    letter  axis                             name    meaning
+    b       batch                            q k v   queries, keys, values (rows)
+    t       time (position in the span)      g       natural-log decay, <= 0, float32
+    h       heads                            beta    write strength of delta rules
+    k       key channels of a head           S       state of a head, [k, v], float32
+    v       value channels of a head         z       normaliser of a head, [k], float32
+    c       positions of one chunk           o       what an operator puts out
+    d       model width                      scale   factor on the queries; None means k ** -0.5
+
+Tensors are laid out [b, t, h, d] everywhere. Segment ids number the documents packed into a row; 0 is padding.
+"""
+
+from jax import Array
+from jaxtyping import Float, Int
+
+Activations = Float[Array, "b t d"]
+Queries = Float[Array, "b t h k"]
+Keys = Float[Array, "b t h k"]
+Values = Float[Array, "b t h v"]
+HeadDecay = Float[Array, "h"]
+ScalarDecay = Float[Array, "b t h"]
+ChannelDecay = Float[Array, "b t h k"]
+MatrixState = Float[Array, "b h k v"]
+Normaliser = Float[Array, "b h k"]
+SegmentIds = Int[Array, "b t"]
+Tokens = Int[Array, "b t"]
+Logits = Float[Array, "b t vocabulary"]
+
+__all__ = [
+    "Activations",
+    "Array",
+    "ChannelDecay",
+    "HeadDecay",
+    "Keys",
+    "Logits",
+    "MatrixState",
+    "Normaliser",
+    "Queries",
+    "ScalarDecay",
+    "SegmentIds",
+    "Tokens",
+    "Values",
+]

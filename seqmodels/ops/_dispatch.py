@@ -1,0 +1,89 @@
+"""The one place that chooses how an operator runs: its form and its backend."""
+
+import functools
+import logging
+
+import jax
+
+from seqmodels.errors import InputError, nearest
+from seqmodels.notation import Array, SegmentIds
+from seqmodels.ops import _scan
+from seqmodels.ops._op import Inputs, Options, SeqOp, State
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    op: SeqOp,
+    arrays: Inputs,
+    options: Options,
+    *,
+    initial_state: State | None,
+    segment_ids: SegmentIds | None,
+    form: str,
+    chunk_size: int | None,
+    backend: str,
+) -> tuple[Array, State]:
+    """Run `op` in one form on one backend.
+
+    form: "recurrent", or one of `op.forms`; a span of one token is always one `step`.
+    backend: "xla" or one of `op.kernels`, which run or raise; "auto" takes the first kernel that supports the
+    arguments on the platform the program is lowered for, else "xla". Kernels serve the chunked form alone.
+    """
+    forms = ("recurrent", *op.forms)
+    if form not in forms:
+        raise InputError(f"{op.name}: form={form!r} is not a form of it; {nearest(form, forms)}")
+    if backend not in ("auto", "xla", *op.kernels):
+        valid = ("auto", "xla", *op.kernels)
+        raise InputError(f"{op.name}: backend={backend!r} does not exist for it; {nearest(backend, valid)}")
+    if chunk_size is not None and chunk_size < 1:
+        raise InputError(f"{op.name}: chunk_size={chunk_size}; expected a positive number of tokens")
+    batch, length = arrays[op.time_args[0]].shape[:2]
+    if length == 0:
+        raise InputError(f"{op.name}: {op.time_args[0]} has no positions; expected a span of at least one token")
+    docs = None
+    if segment_ids is not None:
+        if segment_ids.shape != (batch, length):
+            raise InputError(
+                f"{op.name}: segment_ids has shape {segment_ids.shape}; expected {(batch, length)} as the inputs have"
+            )
+        docs = _scan.documents(segment_ids)
+    fresh = op.initial_state(arrays, options)
+    state = fresh if initial_state is None else _checked_state(op, initial_state, fresh)
+
+    if form == "recurrent" or (length == 1 and form == "chunked"):
+        return _scan.recurrent(op.step, fresh, arrays, op.time_args, state, docs, options)
+    implementation = functools.partial(op.forms[form], chunk_size=chunk_size, options=options)
+    if form != "chunked" or backend == "xla" or not op.kernels:
+        return implementation(arrays, state, docs)
+    if backend != "auto":
+        reason = op.kernels[backend].supports(arrays, options)
+        if reason:
+            raise InputError(f"{op.name}: backend {backend!r} cannot run this: {reason}")
+        return op.kernels[backend].call(arrays, state, docs, chunk_size=chunk_size, options=options)
+    chosen = {}
+    for name, kernel in op.kernels.items():
+        if kernel.platform not in chosen and kernel.supports(arrays, options) is None:
+            _log_once(f"{op.name}: backend {name} where it is lowered for {kernel.platform}")
+            chosen[kernel.platform] = functools.partial(kernel.call, chunk_size=chunk_size, options=options)
+    return jax.lax.platform_dependent(arrays, state, docs, default=implementation, **chosen)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def _checked_state(op: SeqOp, state: State, fresh: State) -> State:
+    """The state a caller hands in, with its structure, shapes and dtypes compared to the operator's own."""
+    expected, found = (jax.tree.structure(x) for x in (fresh, state))
+    if found != expected:
+        raise InputError(f"{op.name}: initial_state has the structure {found}; expected {expected}")
+    if not op.state_grows:
+        for (path, want), have in zip(jax.tree.leaves_with_path(fresh), jax.tree.leaves(state)):
+            if want.shape != have.shape:
+                where = jax.tree_util.keystr(path)
+                raise InputError(
+                    f"{op.name}: initial_state{where} has shape {have.shape}; expected {want.shape} for these inputs"
+                )
+    return jax.tree.map(lambda want, have: have.astype(want.dtype), fresh, state)

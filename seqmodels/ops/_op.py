@@ -1,0 +1,80 @@
+"""The contract of an operator: what it promises, in a form that tests and drivers can read.
+
+An operator maps (inputs over a span, state at its start) to (outputs over the span, state at its end), and running
+two adjacent spans one after the other equals running them as one. `SeqOp` describes one such operator. The public
+function users call (`linear_attention(q, k, v, ...)`) and the description (`LINEAR_ATTENTION`) live in the same file.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from seqmodels.notation import Array
+
+State = Any
+Summary = Any
+Inputs = dict[str, Array | None]
+Options = Mapping[str, Any]
+
+
+class Example(NamedTuple):
+    """Arguments that exercise an operator: what the conformance suite feeds it.
+
+    arrays: the operator's array arguments by name. options: its static keyword arguments.
+    extreme: gates or scores at the edge of their range; checked for finiteness and agreement, not for accuracy.
+    """
+
+    arrays: Inputs
+    options: Options
+    extreme: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A hand-written kernel: `call` has the signature of a form; `supports` returns why not, or None.
+
+    platform: what the kernel is lowered for, in the vocabulary of `jax.lax.platform_dependent` ("tpu", "cuda").
+    """
+
+    platform: str
+    supports: Callable[..., str | None]
+    call: Callable[..., tuple[Array, State]]
+
+
+@dataclass(frozen=True)
+class SeqOp:
+    """One operator with a state.
+
+    name            the public function's name
+    call            the public function: `call(**arrays, **options, initial_state=..., segment_ids=..., form=...)`
+    time_args       names of the array arguments that have a time axis (axis 1); the others hold for the whole span
+    step            (state, arrays of one position without the time axis, options) -> (state, output): the definition
+    initial_state   (arrays, options) -> the state before the first token
+    forms           form name -> implementation (arrays, state, documents, chunk_size, options) -> (o, state).
+                    "recurrent" is not listed: it is `lax.scan` of `step`, the same for every operator
+    kernels         backend name -> Kernel, for the chunked form
+    summarize       (arrays, documents, options) -> what the span does to any state
+    combine         (earlier summary, later summary, options) -> summary of both spans
+    apply           (summary, state, options) -> state after the span
+    summary_kind    how a shard of a longer sequence gets what it needs: "prefix" one all-gather of fixed-size
+                    summaries, "halo" the last positions of its neighbour, "ring" keys and values of all shards,
+                    "relay" the exact state, handed on
+    examples        (key, batch, length) -> examples by name
+    state_grows     whether the state's bytes depend on the number of tokens seen
+    known_gaps      law -> reason, for laws that the mathematics of this operator cannot keep
+    """
+
+    name: str
+    call: Callable[..., tuple[Array, State]]
+    time_args: tuple[str, ...]
+    step: Callable[[State, Inputs, Options], tuple[State, Array]]
+    initial_state: Callable[[Inputs, Options], State]
+    forms: Mapping[str, Callable[..., tuple[Array, State]]]
+    summarize: Callable[..., Summary]
+    combine: Callable[..., Summary]
+    apply: Callable[..., State]
+    summary_kind: Literal["prefix", "halo", "ring", "relay"]
+    examples: Callable[[Array, int, int], dict[str, Example]]
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    state_grows: bool = False
+    known_gaps: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,100 @@
+"""What every operator shares along the time axis: documents, padding, chunks, and the recurrence itself."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seqmodels.notation import Array, SegmentIds
+from seqmodels.ops._op import Inputs, Options, State
+
+
+class Documents(NamedTuple):
+    """Which document each position belongs to, in the form that operators use.
+
+    index   [b, t] int32, 0 for the document that the state at the start belongs to, then 1, 2, ... A padding position
+            carries the index of the last real token before it.
+    real    [b, t] bool, False at padding
+    """
+
+    index: Array
+    real: Array
+
+
+def documents(segment_ids: SegmentIds) -> Documents:
+    """Number the documents of each row from the one that the incoming state belongs to.
+
+    A new document starts at a real token (id != 0) whose id differs from that of the real token before it. The first
+    real token of the span never starts one: it continues the state that is handed in.
+    """
+    length = segment_ids.shape[1]
+    real = segment_ids != 0
+    position = jnp.where(real, jnp.arange(length), -1)
+    before = jnp.pad(jax.lax.cummax(position, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    id_before = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    starts = real & (before >= 0) & (segment_ids != id_before)
+    return Documents(jnp.cumsum(starts, axis=1, dtype=jnp.int32), real)
+
+
+def starts(docs: Documents) -> Array:
+    """[b, t] bool: True where a document begins and the state must be forgotten."""
+    return jnp.diff(docs.index, axis=1, prepend=0) > 0
+
+
+def where_row(condition: Array, if_true: State, if_false: State) -> State:
+    """Choose between two states row by row; `condition` is [b]."""
+
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, if_true, if_false)
+
+
+def recurrent(
+    step: Callable[[State, Inputs, Options], tuple[State, Array]],
+    fresh: State,
+    arrays: Inputs,
+    time_args: tuple[str, ...],
+    state: State,
+    docs: Documents | None,
+    options: Options,
+) -> tuple[Array, State]:
+    """`lax.scan` of `step`: the definition of every operator, of a packed document and of padding.
+
+    Where a document starts the state is `fresh`; at padding the state passes through and the output is zero.
+    A span of one token is one call of `step`.
+    """
+    timed = {name: x for name, x in arrays.items() if name in time_args and x is not None}
+
+    def body(state: State, position: tuple) -> tuple[State, Array]:
+        inputs, marks = position
+        if marks is None:
+            return step(state, {**arrays, **inputs}, options)
+        start, real = marks
+        state = where_row(start, fresh, state)
+        after, o = step(state, {**arrays, **inputs}, options)
+        return where_row(real, after, state), where_row(real, o, jnp.zeros_like(o))
+
+    marks = None if docs is None else (starts(docs), docs.real)
+    if next(iter(timed.values())).shape[1] == 1:
+        state, o = body(state, jax.tree.map(lambda x: x[:, 0], (timed, marks)))
+        return o[:, None], state
+    by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (timed, marks))
+    state, o = jax.lax.scan(body, state, by_time)
+    return jnp.moveaxis(o, 0, 1), state
+
+
+def pad_time(x: Array, multiple: int, value: str = "zero") -> Array:
+    """Lengthen axis 1 to a multiple, with zeros or with copies of the last position (`value="edge"`)."""
+    missing = -x.shape[1] % multiple
+    if missing == 0:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, missing)
+    return jnp.pad(x, widths, mode="edge" if value == "edge" else "constant")
+
+
+def state_dtype(*arrays: Array | None) -> jnp.dtype:
+    """float32, or float64 when an input is float64."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))

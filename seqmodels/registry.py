@@ -1,0 +1,52 @@
+"""Every mixer, by name: the one place that lists them.
+
+A configuration names mixers by the keys of this table, and the conformance suite runs over its rows. To add one: an
+operator (or an existing one), a layer, a file in configs/mixers, and a line here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from seqmodels.errors import InputError, nearest
+from seqmodels.layers._mixer import Mixer
+from seqmodels.layers.gated_linear_attention import GatedLinearAttention
+from seqmodels.layers.lightning_attention import LightningAttention
+from seqmodels.layers.linear_attention import LinearAttention
+from seqmodels.layers.retention import Retention
+from seqmodels.layers.softmax_attention import SoftmaxAttention
+from seqmodels.ops._op import SeqOp
+from seqmodels.ops.linear_attention import LINEAR_ATTENTION
+from seqmodels.ops.short_conv import SHORT_CONV
+from seqmodels.ops.softmax_attention import SOFTMAX_ATTENTION
+
+
+class Entry(NamedTuple):
+    """A mixer: its operator and its layer. A layer takes `d_model` and its own hyper-parameters."""
+
+    op: SeqOp
+    layer: type[Mixer]
+
+
+MIXERS: dict[str, Entry] = {
+    "linear_attention": Entry(LINEAR_ATTENTION, LinearAttention),
+    "retention": Entry(LINEAR_ATTENTION, Retention),
+    "lightning_attention": Entry(LINEAR_ATTENTION, LightningAttention),
+    "gated_linear_attention": Entry(LINEAR_ATTENTION, GatedLinearAttention),
+    "softmax_attention": Entry(SOFTMAX_ATTENTION, SoftmaxAttention),
+}
+
+# Operators that layers use beside their mixer's own.
+OTHER_OPS: tuple[SeqOp, ...] = (SHORT_CONV,)
+
+
+def mixer(name: str) -> Callable[..., Mixer]:
+    """The layer class of a mixer's name; an unknown name is an error that names the closest."""
+    if name not in MIXERS:
+        raise InputError(f"mixer {name!r} does not exist; {nearest(name, MIXERS)}")
+    return MIXERS[name].layer
+
+
+def ops(mixers: Mapping[str, Entry] = MIXERS) -> dict[str, SeqOp]:
+    """Every operator once, by name."""
+    found = [entry.op for entry in mixers.values()] + list(OTHER_OPS)
+    return {op.name: op for op in found}
