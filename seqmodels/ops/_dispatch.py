@@ -9,6 +9,7 @@ from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, SegmentIds
 from seqmodels.ops import _scan
 from seqmodels.ops._op import Inputs, Options, SeqOp, State
+from seqmodels.ops._scan import Documents
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ def run(
     options: Options,
     *,
     initial_state: State | None,
-    segment_ids: SegmentIds | None,
+    segment_ids: SegmentIds | Documents | None,
     form: str,
     chunk_size: int | None,
     backend: str,
@@ -27,6 +28,7 @@ def run(
     """Run `op` in one form on one backend.
 
     form: "recurrent", or one of `op.forms`; a span of one token is always one `step`.
+    segment_ids: [b, t] ids, or the `Documents` that a layer works out once for all its operators.
     backend: "xla" or one of `op.kernels`, which run or raise; "auto" takes the first kernel that supports the
     arguments on the platform the program is lowered for, else "xla". Kernels serve the chunked form alone.
     """
@@ -41,8 +43,8 @@ def run(
     batch, length = arrays[op.time_args[0]].shape[:2]
     if length == 0:
         raise InputError(f"{op.name}: {op.time_args[0]} has no positions; expected a span of at least one token")
-    docs = None
-    if segment_ids is not None:
+    docs = segment_ids
+    if segment_ids is not None and not isinstance(segment_ids, Documents):
         if segment_ids.shape != (batch, length):
             raise InputError(
                 f"{op.name}: segment_ids has shape {segment_ids.shape}; expected {(batch, length)} as the inputs have"

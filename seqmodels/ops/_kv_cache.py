@@ -4,7 +4,7 @@ Token p of a document (p = 0, 1, ...) lives in slot
 
     p                                    without a window: slots fill from the front, up to the capacity
     p                    if p < sinks    with one: the first tokens stay,
-    sinks + (p - sinks) % window         and the others share a ring, each writing over the one `window` before it
+    sinks + (p - sinks) % window         the others share a ring, each over the one `window` before it
 
 so a cache with a window has `window + sinks` slots however long the stream is.
 """
@@ -22,8 +22,8 @@ class KVCache(NamedTuple):
 
     k, v       in the dtype of the inputs; what an empty slot holds is zero
     position   position in the document of the token in each slot, -1 where the slot is empty
-    length     number of tokens of the document so far. Without a window it may exceed the number of slots; the tokens
-               that found no slot are lost, and attention over such a cache is NaN until a new document starts
+    length     number of tokens of the document so far. Without a window it may exceed the number of slots:
+               tokens that found none are lost, and attention over the cache is NaN until a document starts
     """
 
     k: Float[Array, "b slots h k"]
@@ -39,7 +39,7 @@ class KVCache(NamedTuple):
 def empty_cache(
     batch: int, capacity: int, heads: int, key_dim: int, value_dim: int, dtype: jnp.dtype = jnp.float32
 ) -> KVCache:
-    """A cache before the first token. `heads` counts those of k and v; with a window, capacity = window + sinks."""
+    """A cache before the first token. `heads`: those of k and v. `capacity`: window + sinks if windowed."""
     return KVCache(
         jnp.zeros((batch, capacity, heads, key_dim), dtype),
         jnp.zeros((batch, capacity, heads, value_dim), dtype),
@@ -55,7 +55,7 @@ def emptied(cache: KVCache) -> KVCache:
 
 
 def enlarged(cache: KVCache, capacity: int) -> KVCache:
-    """The same tokens in a cache with at least as many slots; only without a window, where slot = position."""
+    """The same tokens in a cache with `capacity` slots. Without a window only: there slot = position."""
     more = [(0, 0), (0, capacity - cache.slots)]
     return cache._replace(
         k=jnp.pad(cache.k, [*more, (0, 0), (0, 0)]),
@@ -75,8 +75,8 @@ def append(
 ) -> KVCache:
     """The cache after more tokens of the same document, which is `length` tokens long with them.
 
-    `position` is where each token stands in the document, -1 for one that is not to be stored. With a window, only
-    the tokens that a later query can see are: the sinks and the last `window`.
+    `position` is where each token stands in the document, -1 for one that is not to be stored. With a window,
+    only those that a later query may see are: the sinks and the last `window`.
     """
     keep = position >= 0
     slot = position

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
 from seqmodels.notation import Array, SegmentIds
 from seqmodels.ops._op import Inputs, Options, State
@@ -22,18 +23,19 @@ class Documents(NamedTuple):
     real: Array
 
 
-def documents(segment_ids: SegmentIds) -> Documents:
+def documents(segment_ids: SegmentIds, current: Int[Array, " b"] | None = None) -> Documents:
     """Number the documents of each row from the one that the incoming state belongs to.
 
-    A new document starts at a real token (id != 0) whose id differs from that of the real token before it. The first
-    real token of the span never starts one: it continues the state that is handed in.
+    A new document starts at a real token (id != 0) whose id differs from that of the real token before it. `current`
+    is the id of the incoming state's document; where it is 0 or not given, the first real token continues the state.
     """
-    length = segment_ids.shape[1]
     real = segment_ids != 0
-    position = jnp.where(real, jnp.arange(length), -1)
+    position = jnp.where(real, jnp.arange(segment_ids.shape[1]), -1)
     before = jnp.pad(jax.lax.cummax(position, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    incoming = jnp.zeros_like(segment_ids[:, 0]) if current is None else current
     id_before = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
-    starts = real & (before >= 0) & (segment_ids != id_before)
+    id_before = jnp.where(before >= 0, id_before, incoming[:, None])
+    starts = real & (id_before != 0) & (segment_ids != id_before)
     return Documents(jnp.cumsum(starts, axis=1, dtype=jnp.int32), real)
 
 

@@ -61,7 +61,7 @@ def linear_attention(
     scale: float | None = None,
     normalize: bool = False,
     initial_state: LinearState | None = None,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: SegmentIds | Documents | None = None,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",

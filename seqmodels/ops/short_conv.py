@@ -33,7 +33,7 @@ def short_conv(
     bias: Float[Array, " d"] | None = None,
     *,
     initial_state: Float[Array, "b w-1 d"] | None = None,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: SegmentIds | Documents | None = None,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -65,9 +65,14 @@ def short_conv(
     )
 
 
+def zero_inputs(batch: int, width: int, channels: int) -> Float[Array, "b w-1 d"]:
+    """The state before the first token, in float32."""
+    return jnp.zeros((batch, width - 1, channels))
+
+
 def _initial_state(arrays: Inputs, options: Options) -> Array:
     x, kernel = arrays["x"], arrays["kernel"]
-    return jnp.zeros((x.shape[0], kernel.shape[0] - 1, x.shape[-1]), state_dtype(x))
+    return zero_inputs(x.shape[0], kernel.shape[0], x.shape[-1]).astype(state_dtype(x))
 
 
 def _step(state: Array, arrays: Inputs, options: Options) -> tuple[Array, Array]:

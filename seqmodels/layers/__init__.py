@@ -1,0 +1,30 @@
+"""Flax layers: parameters and projections around an operator. One file per mixer.
+
+    layer = GatedLinearAttention(d_model=512)
+    variables = layer.init(jax.random.key(0), x)                    # x: [batch, time, 512]
+    y, state = layer.apply(variables, x)                            # a whole sequence, or its first part
+    y, state = layer.apply(variables, x_next, state)                # what follows; one token is a decode step
+"""
+
+from seqmodels.layers._mixer import Mixer, Stream
+from seqmodels.layers.gated_linear_attention import GatedLinearAttention
+from seqmodels.layers.lightning_attention import LightningAttention
+from seqmodels.layers.linear_attention import LinearAttention
+from seqmodels.layers.mlp import GLU, SGLU, SwiGLU
+from seqmodels.layers.norms import make_norm
+from seqmodels.layers.retention import Retention
+from seqmodels.layers.softmax_attention import SoftmaxAttention
+
+__all__ = [
+    "GLU",
+    "SGLU",
+    "GatedLinearAttention",
+    "LightningAttention",
+    "LinearAttention",
+    "Mixer",
+    "Retention",
+    "SoftmaxAttention",
+    "Stream",
+    "SwiGLU",
+    "make_norm",
+]

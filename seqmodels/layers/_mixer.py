@@ -1,0 +1,160 @@
+"""What every mixer layer shares: one call that trains, prefills, decodes and streams.
+
+    y, state = layer.apply(variables, x, state, segment_ids)          x, y: [b, t, d_model]
+
+The author of a layer writes `setup` (the parameters), `project` (x to the operator's arguments), `readout` (the
+operator's outputs to y) and `initial_state`, and names the operator. Forms, documents and state are this file's matter.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels.errors import InputError
+from seqmodels.notation import Activations, Array, SegmentIds
+from seqmodels.ops import _scan
+from seqmodels.ops.short_conv import short_conv
+
+MixerState = dict[str, Any]
+
+
+class Cursor(NamedTuple):
+    """Where a stream is.
+
+    segment_id   [b] int32, id of the current document; 0 before the first document that has an id
+    position     [b] int32, tokens of the current document seen so far
+    """
+
+    segment_id: Array
+    position: Array
+
+
+class Stream:
+    """One span of a stream: hands every operator its state at the start, and keeps its state at the end.
+
+    positions   [b, t] int32, the place of each token in its document; those of padding have no meaning
+    """
+
+    def __init__(self, state: MixerState | None, segment_ids: SegmentIds | None, batch: int, length: int):
+        self._before = state or {}
+        self._after: MixerState = {}
+        zero = jnp.zeros(batch, jnp.int32)
+        cursor = self._before.get("cursor", Cursor(zero, zero))
+        if segment_ids is None:
+            self.documents = None
+            self.positions = cursor.position[:, None] + jnp.arange(length)
+            self._after["cursor"] = Cursor(cursor.segment_id, cursor.position + length)
+            return
+        docs = self.documents = _scan.documents(segment_ids, cursor.segment_id)
+        count = jnp.cumsum(docs.real, axis=1, dtype=jnp.int32)
+        count_before = jax.lax.cummax(jnp.where(_scan.starts(docs), count - 1, 0), axis=1)
+        in_document = count - count_before + jnp.where(docs.index == 0, cursor.position[:, None], 0)
+        self.positions = in_document - 1
+        last = jnp.argmax(jnp.where(docs.real, jnp.arange(length), -1), axis=1)
+        last_id = jnp.take_along_axis(segment_ids, last[:, None], axis=1)[:, 0]
+        self._after["cursor"] = Cursor(
+            jnp.where(docs.real.any(axis=1), last_id, cursor.segment_id).astype(jnp.int32), in_document[:, -1]
+        )
+
+    def __call__(self, name: str, op: Callable[..., tuple[Array, Any]], *args: Any, **options: Any) -> Array:
+        """Run `op` over the span. `name` is the operator's key in the layer's state."""
+        o, self._after[name] = op(
+            *args, initial_state=self._before.get(name), segment_ids=self.documents, **options
+        )
+        return o
+
+    def end(self) -> MixerState:
+        """The state after the span."""
+        return self._after
+
+
+class Mixer(nn.Module):
+    """Base class of the layers that mix over time.
+
+    d_model       width of x and y
+    layer_index   place of this layer in its stack, from 0, and
+    n_layers      the number of layers: for mixers whose decay depends on the depth
+    dtype         of activations; parameters are kept in `param_dtype`; gates and states are float32 in any case
+    form, chunk_size, backend   handed to the operator
+
+    Called with x [b, t, d_model], the state that an earlier call returned (None: a new stream), and segment_ids [b, t]
+    (None: one document; 0 is padding). Returns y [b, t, d_model] and the state after the span. A document that goes on
+    in the next span keeps its id; a new id starts afresh.
+    """
+
+    d_model: int
+    layer_index: int | Array = 0
+    n_layers: int = 1
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    form: str = "chunked"
+    chunk_size: int | None = None
+    backend: str = "auto"
+
+    op: ClassVar[Callable[..., tuple[Array, Any]]]
+
+    def project(self, x: Activations, stream: Stream) -> dict[str, Any]:
+        """The operator's keyword arguments."""
+        raise NotImplementedError
+
+    def readout(self, o: Array, x: Activations) -> Activations:
+        """y from the operator's outputs."""
+        raise NotImplementedError
+
+    def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
+        """The state before the first token; `capacity` is the number of tokens to come, where states grow with it."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Activations, state: MixerState | None = None, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, MixerState]:
+        if x.ndim != 3 or x.shape[-1] != self.d_model:
+            raise InputError(f"{type(self).__name__}: x has shape {x.shape}; expected [batch, time, {self.d_model}]")
+        x = x.astype(self.dtype)
+        stream = Stream(state, segment_ids, *x.shape[:2])
+        how = {"form": self.form, "chunk_size": self.chunk_size, "backend": self.backend}
+        o = stream("memory", type(self).op, **self.project(x, stream), **how)
+        return self.readout(o, x), stream.end()
+
+    def dense(self, features: int, *, use_bias: bool = False) -> nn.Dense:
+        """A projection in this layer's dtypes."""
+        return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def divide(self, width: int, parts: int, what: str) -> int:
+        """width / parts, or an error that says which of `what` does not divide."""
+        if width % parts:
+            raise InputError(f"{type(self).__name__}: {what} = {width} is not divisible by {parts} heads")
+        return width // parts
+
+
+def start_cursor(batch_size: int) -> Cursor:
+    """The cursor before the first token."""
+    return Cursor(jnp.zeros(batch_size, jnp.int32), jnp.zeros(batch_size, jnp.int32))
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution over `width` tokens, then silu; parameter `kernel` [width, features]."""
+
+    features: int
+    width: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, stream: Stream) -> Array:
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
+        kernel = self.param("kernel", init, (self.width, self.features), self.param_dtype)
+        return jax.nn.silu(stream(self.name, short_conv, x, kernel.astype(self.dtype)))
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """[b, t, heads * d] -> [b, t, heads, d]."""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+def merge_heads(x: Array) -> Array:
+    """[b, t, heads, d] -> [b, t, heads * d]."""
+    return x.reshape(*x.shape[:2], -1)

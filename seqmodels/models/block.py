@@ -1,0 +1,153 @@
+"""The residual block around a mixer, and the stack of blocks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels import registry
+from seqmodels.errors import InputError, nearest
+from seqmodels.layers import Mixer, SwiGLU, make_norm
+from seqmodels.layers._mixer import MixerState
+from seqmodels.notation import Activations, Array, SegmentIds
+
+MixerName = str | Callable[..., Mixer]
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)).
+
+    mixer   a name of the registry, or a constructor that takes d_model, layer_index, n_layers, dtype, param_dtype
+    mlp     constructor of the feed-forward layer; None for a block without one
+    norm    name of the norm, see `seqmodels.layers.norms`
+    """
+
+    d_model: int
+    mixer: MixerName
+    mlp: Callable[..., nn.Module] | None = SwiGLU
+    norm: str = "rmsnorm"
+    n_layers: int = 1
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def make_mixer(self, layer_index: int | Array, **linen: Any) -> Mixer:
+        """The mixer of this block, at its depth in the stack."""
+        constructor = registry.mixer(self.mixer) if isinstance(self.mixer, str) else self.mixer
+        return constructor(
+            d_model=self.d_model,
+            layer_index=layer_index,
+            n_layers=self.n_layers,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            **linen,
+        )
+
+    @nn.compact
+    def __call__(
+        self, x: Activations, state: MixerState | None, layer_index: int | Array, segment_ids: SegmentIds | None
+    ) -> tuple[Activations, MixerState]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        mixer = self.make_mixer(layer_index, name="mixer")
+        y, state = mixer(make_norm(self.norm, name="mixer_norm", **dtypes)(x), state, segment_ids)
+        x = x + y
+        if self.mlp is not None:
+            mlp = self.mlp(d_model=self.d_model, name="mlp", **dtypes)
+            x = x + mlp(make_norm(self.norm, name="mlp_norm", **dtypes)(x))
+        return x, state
+
+
+class _Group(nn.Module):
+    """One round of the pattern: the body of the scan over layers."""
+
+    blocks: tuple[dict[str, Any], ...]
+    remat: str
+
+    @nn.compact
+    def __call__(self, x: Activations, inputs: tuple, segment_ids: SegmentIds | None):
+        states, first_index = inputs
+        constructor = Block
+        if self.remat != "none":
+            constructor = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        after = []
+        for i, fields in enumerate(self.blocks):
+            state = None if states is None else states[i]
+            x, state = constructor(**fields, name=f"block_{i}")(x, state, first_index + i, segment_ids)
+            after.append(state)
+        return x, tuple(after)
+
+
+class Stack(nn.Module):
+    """n_layers blocks whose mixers repeat a pattern: layer i has the mixer pattern[i % len(pattern)].
+
+    scan    run the rounds of the pattern by `lax.scan`: compile time and program size do not grow with the depth.
+            Parameters are then stacked under `rounds`, else numbered `round_0`, `round_1`, ...
+    remat   "none", or what the backward pass may keep: "full" recomputes everything in a block, "dots" keeps the
+            products, "dots_with_no_batch_dims" keeps those with parameters
+
+    The state is a tuple with one entry for each place in the pattern, its arrays stacked over the rounds.
+    """
+
+    d_model: int
+    n_layers: int
+    pattern: Sequence[MixerName]
+    mlp: Callable[..., nn.Module] | None = SwiGLU
+    norm: str = "rmsnorm"
+    scan: bool = True
+    remat: str = "none"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @property
+    def rounds(self) -> int:
+        if not self.pattern or self.n_layers % len(self.pattern):
+            raise InputError(
+                f"n_layers = {self.n_layers} is not a multiple of the pattern's length {len(self.pattern)}: "
+                f"pattern = {self.pattern}"
+            )
+        return self.n_layers // len(self.pattern)
+
+    def _blocks(self) -> tuple[dict[str, Any], ...]:
+        shared = {
+            name: getattr(self, name) for name in ("d_model", "mlp", "norm", "n_layers", "dtype", "param_dtype")
+        }
+        return tuple({"mixer": mixer, **shared} for mixer in self.pattern)
+
+    def initial_state(self, batch_size: int, capacity: int | None = None) -> tuple[MixerState, ...]:
+        """The state before the first token; `capacity` is the number of tokens to come, where states grow with it."""
+        states = (
+            Block(**fields, parent=None).make_mixer(0, parent=None).initial_state(batch_size, capacity)
+            for fields in self._blocks()
+        )
+        return jax.tree.map(lambda x: jnp.repeat(x[None], self.rounds, axis=0), tuple(states))
+
+    @nn.compact
+    def __call__(
+        self, x: Activations, state: tuple[MixerState, ...] | None = None, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, tuple[MixerState, ...]]:
+        if self.remat != "none" and self.remat not in REMAT_POLICIES:
+            raise InputError(f"remat = {self.remat!r} does not exist; {nearest(self.remat, ['none', *REMAT_POLICIES])}")
+        fields = {"blocks": self._blocks(), "remat": self.remat}
+        first = jnp.arange(self.rounds) * len(self.pattern)
+        if self.scan:
+            scanned = nn.scan(
+                _Group,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=self.rounds,
+            )
+            return scanned(**fields, name="rounds")(x, (state, first), segment_ids)
+        after = []
+        for i in range(self.rounds):
+            before = jax.tree.map(lambda leaf, i=i: leaf[i], state)
+            x, states = _Group(**fields, name=f"round_{i}")(x, (before, first[i]), segment_ids)
+            after.append(states)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)

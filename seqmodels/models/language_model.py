@@ -1,0 +1,83 @@
+"""A decoder language model from a pattern of mixers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from seqmodels.errors import InputError
+from seqmodels.layers import SwiGLU, make_norm
+from seqmodels.layers._mixer import MixerState
+from seqmodels.models.block import MixerName, Stack
+from seqmodels.notation import Logits, SegmentIds, Tokens
+
+
+class LanguageModel(nn.Module):
+    """Embedding, a stack of blocks, a norm, logits over the vocabulary.
+
+    vocab_size       number of token ids
+    d_model          width
+    n_layers         depth, a multiple of the pattern's length
+    pattern          mixers, repeated over the depth: names of the registry, or constructors
+    mlp              constructor of the feed-forward layers; None for none
+    norm             name of the norms, see `seqmodels.layers.norms`
+    tie_embeddings   the logits are products with the embedding; otherwise with a matrix of their own, `lm_head`
+    scan, remat      see `seqmodels.models.block.Stack`
+    dtype            of activations; parameters are kept in `param_dtype`; logits, states and gates are float32
+
+    Called with tokens [b, t] int32, the state an earlier call returned (None: a new stream) and segment_ids [b, t]
+    (None: one document; 0 is padding). Returns logits [b, t, vocab_size] float32 and the state after the span.
+    """
+
+    vocab_size: int
+    d_model: int = 128
+    n_layers: int = 2
+    pattern: Sequence[MixerName] = ("gated_linear_attention",)
+    mlp: Callable[..., nn.Module] | None = SwiGLU
+    norm: str = "rmsnorm"
+    tie_embeddings: bool = True
+    scan: bool = True
+    remat: str = "none"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.embed = nn.Embed(
+            self.vocab_size,
+            self.d_model,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+        )
+        self.stack = Stack(**self._stack_fields())
+        self.final_norm = make_norm(self.norm, dtype=self.dtype, param_dtype=self.param_dtype)
+        if not self.tie_embeddings:
+            self.lm_head = nn.Dense(
+                self.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=nn.initializers.normal(0.02),
+            )
+
+    def _stack_fields(self) -> dict[str, Any]:
+        names = ("d_model", "n_layers", "pattern", "mlp", "norm", "scan", "remat", "dtype", "param_dtype")
+        return {name: getattr(self, name) for name in names}
+
+    def initial_state(self, batch_size: int, capacity: int | None = None) -> tuple[MixerState, ...]:
+        """The state before the first token; `capacity` is the number of tokens to come, where states grow with it."""
+        return Stack(**self._stack_fields(), parent=None).initial_state(batch_size, capacity)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        state: tuple[MixerState, ...] | None = None,
+        segment_ids: SegmentIds | None = None,
+    ) -> tuple[Logits, tuple[MixerState, ...]]:
+        if tokens.ndim != 2:
+            raise InputError(f"LanguageModel: tokens has shape {tokens.shape}; expected [batch, time]")
+        x, state = self.stack(self.embed(tokens), state, segment_ids)
+        x = self.final_norm(x)
+        logits = self.embed.attend(x) if self.tie_embeddings else self.lm_head(x)
+        return logits.astype(jnp.float32), state

@@ -1,0 +1,215 @@
+"""Softmax attention in blocks, in memory linear in the length; and which query sees which key.
+
+For each block of queries the keys are visited one block at a time, with the greatest score m, the sum of
+exponentials l and the weighted values w of what was seen so far:
+
+    m' = max(m, max_j s_tj),   l' = exp(m - m') l + sum_j exp(s_tj - m'),
+    w' = exp(m - m') w + sum_j exp(s_tj - m') v_j,   and in the end o = w / l                     (1)
+
+(Milakov, Gimelshein 2018, arXiv 1805.02867; Rabe, Staats 2021, arXiv 2112.05682). The gradient computes the
+scores again, with the m and l that were kept (Dao et al. 2022, arXiv 2205.14135):
+
+    p_tj = exp(s_tj - m_t) / l_t,   dp_tj = do_t . v_j,   ds_tj = p_tj (dp_tj - do_t . o_t)         (2)
+    dv_j = sum_t p_tj do_t,   dq_t = scale sum_j ds_tj k_j,   dk_j = scale sum_t ds_tj q_t
+
+Blocks of keys in which the block of queries sees nothing are not visited.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seqmodels.notation import Array
+from seqmodels.ops import _scan
+from seqmodels.ops._scan import Documents, state_dtype
+
+
+class Reach(NamedTuple):
+    """What each query may see: the keys whose rank is in first..rank, less what a window hides.
+
+    The rank of a token is the number of tokens before it, counted from the start of the incoming state's
+    document through all that follow. Those of a document are consecutive, so a range of ranks tells documents
+    apart too.
+
+    first   [b, t] int32: rank of the first token of the query's document
+    rank    [b, t] int32: its own; -1 at padding, which sees nothing
+    """
+
+    first: Array
+    rank: Array
+
+
+def reach(before: Array, docs: Documents | None, length: int) -> Reach:
+    """The reach of `length` positions that follow a document of `before` [b] tokens."""
+    if docs is None:
+        rank = before[:, None] + jnp.arange(length, dtype=jnp.int32)
+        return Reach(jnp.zeros_like(rank), rank)
+    rank = before[:, None] + jnp.cumsum(docs.real, axis=1, dtype=jnp.int32) - 1
+    first = jax.lax.cummax(jnp.where(_scan.starts(docs), rank, 0), axis=1)
+    return Reach(jnp.where(docs.real, first, 0), jnp.where(docs.real, rank, -1))
+
+
+def sees(query: Reach, key: Array, window: int | None, sinks: int) -> Array:
+    """[b, t, j] whether query t sees the key of rank key[b, j]; -1 is padding or an empty slot."""
+    first, rank, key = query.first[..., None], query.rank[..., None], key[..., None, :]
+    seen = (first <= key) & (key <= rank)
+    if window is not None:
+        seen &= (rank - window < key) | (key < first + sinks)
+    return seen
+
+
+def product(axes: str, x: Array, y: Array) -> Array:
+    """A matrix product accumulated in float32 (float64 for float64 inputs)."""
+    return jnp.einsum(axes, x, y, preferred_element_type=state_dtype(x, y))
+
+
+def blockwise_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    query: Reach,
+    key: Array,
+    *,
+    scale: float,
+    window: int | None,
+    sinks: int,
+    block: int,
+) -> Array:
+    """Attention of q [b, t, hk, g, k] over k [b, j, hk, k] and v [b, j, hk, v], whose ranks are key [b, j].
+
+    Returns [b, t, hk, g, v] in q's dtype, 0 for a query that sees nothing. `block`: queries or keys in one.
+    """
+    batch, length = q.shape[:2]
+    rows, columns = min(block, length), min(block, k.shape[1])
+    o = _blockwise(
+        jnp.moveaxis(_blocks(q, rows), 2, 4),
+        jnp.moveaxis(_blocks(k, columns), 2, 3),
+        jnp.moveaxis(_blocks(v, columns), 2, 3),
+        Reach(_blocks(query.first, rows), _blocks(query.rank, rows, -1)),
+        _blocks(key, columns, -1),
+        scale,
+        window,
+        sinks,
+    )
+    o = jnp.moveaxis(o, (0, 4), (1, 2))
+    return o.reshape(batch, -1, *o.shape[3:])[:, :length]
+
+
+def _blocks(x: Array, size: int, beyond: int = 0) -> Array:
+    """[b, t, ..] -> [n, b, size, ..], filled up with `beyond` behind the end."""
+    behind = [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, behind, constant_values=beyond)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _blocks_in_sight(query: Reach, key: Array, window: int | None, sinks: int) -> tuple[Array, Array]:
+    """The blocks of keys that each block of queries visits: their numbers [n, m], and how many of these [n].
+
+    Decided on the least and greatest rank of a block, so one in which nothing is seen may be among them.
+    """
+    far = jnp.iinfo(key.dtype).max
+    first, last = jnp.min(jnp.where(query.rank < 0, far, query.first), -1), jnp.max(query.rank, -1)
+    key_first, key_last = jnp.min(jnp.where(key < 0, far, key), -1), jnp.max(key, -1)
+    sight = (first[:, None] <= key_last) & (key_first <= last[:, None])
+    if window is not None:
+        oldest = jnp.min(jnp.where(query.rank < 0, far, query.rank), -1) - window
+        near = oldest[:, None] < key_last
+        if sinks:
+            near |= key_first < jnp.max(query.first, -1)[:, None] + sinks
+        sight &= near
+    sight = sight.any(axis=-1)
+    return jnp.argsort(~sight, axis=1, stable=True), sight.sum(axis=1, dtype=jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _blockwise(
+    q: Array, k: Array, v: Array, query: Reach, key: Array, scale: float, window: int | None, sinks: int
+) -> Array:
+    """q [n, b, hk, g, t, k], k [m, b, hk, j, k], v [m, b, hk, j, v], query [n, b, t], key [m, b, j]."""
+    return _forward(q, k, v, query, key, scale, window, sinks)[0]
+
+
+def _seen_by_all_heads(query: Reach, key: Array, window: int | None, sinks: int) -> Array:
+    # The barrier has the mask computed once; without it XLA computes it again for each head and use.
+    return jax.lax.optimization_barrier(sees(query, key, window, sinks))[:, None, None]
+
+
+def _scores(q: Array, k: Array, seen: Array, scale: float) -> Array:
+    """s_tj [b, hk, g, t, j] of a block of queries with one of keys; the lowest number where not seen."""
+    s = product("bhgtk,bhjk->bhgtj", q, k) * scale
+    return jnp.where(seen, s, jnp.finfo(s.dtype).min)
+
+
+def _forward(
+    q: Array, k: Array, v: Array, query: Reach, key: Array, scale: float, window: int | None, sinks: int
+) -> tuple[Array, tuple]:
+    """Equation (1)."""
+    in_sight, count = _blocks_in_sight(query, key, window, sinks)
+    dtype = state_dtype(q)
+
+    def query_block(block: tuple) -> tuple[Array, Array, Array]:
+        q, query, in_sight, count = block
+
+        def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            m, l, w = carry
+            k_j, v_j, key_j = jax.tree.map(lambda x: x[in_sight[i]], (k, v, key))
+            seen = _seen_by_all_heads(query, key_j, window, sinks)
+            s = _scores(q, k_j, seen, scale)
+            m_new = jnp.maximum(m, jnp.max(s, axis=-1))
+            # Masked again: where a query has seen nothing yet, s equals m.
+            p = jnp.where(seen, jnp.exp(s - m_new[..., None]), 0)
+            fade = jnp.exp(m - m_new)
+            w = fade[..., None] * w + product("bhgtj,bhjv->bhgtv", p.astype(v.dtype), v_j)
+            return m_new, fade * l + jnp.sum(p, axis=-1), w
+
+        rows = q.shape[:-1]
+        m, l = jnp.full(rows, jnp.finfo(dtype).min), jnp.zeros(rows, dtype)
+        w = jnp.zeros((*rows, v.shape[-1]), dtype)
+        m, l, w = jax.lax.fori_loop(0, count, visit, (m, l, w))
+        l = jnp.where(l > 0, l, 1)  # a query that sees nothing: 0 / 1
+        return (w / l[..., None]).astype(q.dtype), m, l
+
+    o, m, l = jax.lax.map(query_block, (q, query, in_sight, count))
+    return o, (q, k, v, query, key, o, m, l)
+
+
+def _backward(scale: float, window: int | None, sinks: int, kept: tuple, do: Array) -> tuple:
+    """Equation (2)."""
+    q, k, v, query, key, o, m, l = kept
+    in_sight, count = _blocks_in_sight(query, key, window, sinks)
+    dtype = state_dtype(q)
+
+    def query_block(carry: tuple[Array, Array], block: tuple) -> tuple[tuple[Array, Array], Array]:
+        q, query, o, do, m, l, in_sight, count = block
+        do_o = jnp.sum(do.astype(dtype) * o, axis=-1, keepdims=True)
+        share = 1 / l[..., None]
+
+        def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dk, dv = carry
+            j = in_sight[i]
+            k_j, v_j, key_j = jax.tree.map(lambda x: x[j], (k, v, key))
+            seen = _seen_by_all_heads(query, key_j, window, sinks)
+            s = _scores(q, k_j, seen, scale)
+            p = jnp.where(seen, jnp.exp(s - m[..., None]), 0) * share
+            dp = product("bhgtv,bhjv->bhgtj", do, v_j)
+            ds = (p * (dp - do_o)).astype(q.dtype)
+            dq += product("bhgtj,bhjk->bhgtk", ds, k_j)
+            dk = _add_at(dk, j, product("bhgtj,bhgtk->bhjk", ds, q))
+            dv = _add_at(dv, j, product("bhgtj,bhgtv->bhjv", p.astype(do.dtype), do))
+            return dq, dk, dv
+
+        dq, dk, dv = jax.lax.fori_loop(0, count, visit, (jnp.zeros(q.shape, dtype), *carry))
+        return (dk, dv), (scale * dq).astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
+    (dk, dv), dq = jax.lax.scan(query_block, zeros, (q, query, o, do, m, l, in_sight, count))
+    return dq, (scale * dk).astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+def _add_at(x: Array, j: Array, more: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(x, x[j] + more, j, axis=0)
+
+
+_blockwise.defvjp(_forward, _backward)

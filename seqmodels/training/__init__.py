@@ -1,0 +1,34 @@
+"""Training: state, step, loss, optimizer, checkpoints, metrics, evaluation, loop. `train.py` puts them
+together."""
+
+from seqmodels.training.checkpoint import Checkpointer
+from seqmodels.training.evaluation import make_evaluator
+from seqmodels.training.in_flight import NonFiniteError
+from seqmodels.training.job import TrainingJob
+from seqmodels.training.loop import training_loop
+from seqmodels.training.metrics import Report, say
+from seqmodels.training.optimizer import SGD, Adafactor, AdamW, Lion, Optimizer
+from seqmodels.training.run_directory import RunDirectory
+from seqmodels.training.state import TrainState, create_state, parameter_shapes, state_shapes
+from seqmodels.training.step import make_train_step
+
+__all__ = [
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "Checkpointer",
+    "Lion",
+    "NonFiniteError",
+    "Optimizer",
+    "Report",
+    "RunDirectory",
+    "TrainState",
+    "TrainingJob",
+    "create_state",
+    "make_evaluator",
+    "make_train_step",
+    "parameter_shapes",
+    "say",
+    "state_shapes",
+    "training_loop",
+]

@@ -1,0 +1,91 @@
+"""What one training run is: the values that a config file sets under the name `train`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from seqmodels.data import Dataset
+from seqmodels.data.transforms import Transform
+from seqmodels.errors import InputError
+from seqmodels.parallel.mesh import batch_shards
+from seqmodels.training.optimizer import AdamW, Optimizer
+
+_POSITIVE = ("batch_size", "seq_len", "steps", "accumulate", "log_every", "keep")
+_POSITIVE_OR_NONE = ("eval_every", "eval_batches", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """Everything that decides what a run computes, and when it tells.
+
+    Args:
+        model: a linen module; `model.apply(variables, tokens, segment_ids=...)` gives logits `[B, T, V]` and
+            a state.
+        transforms: what makes training batches of the data's rows; None for the data's own. Evaluation keeps
+            to those.
+        batch_size: sequences per update, over all devices and processes.
+        seq_len: tokens per sequence.
+        steps: updates in the whole run; the schedule ends there.
+        seed: of the parameters, the order of the data, and dropout.
+        accumulate: work a batch off in this many parts, to save memory; the result is the same.
+        z_loss: coefficient of the squared log-normaliser; 1e-4 is usual.
+        log_every: updates from one row of `metrics.jsonl` to the next.
+        eval_every: updates from one evaluation to the next; None evaluates at the end only.
+        eval_batches: how many held-out batches an evaluation looks at; None for all.
+        checkpoint_every: updates from one checkpoint to the next; None saves at the end, or when stopped.
+        keep: how many checkpoints stay.
+        profile_steps: the first and the last update to trace into the run directory's `profile` folder.
+        sample_prompt: the text that the sample at the end goes on from.
+        sample_tokens: the sample's length; 0 for none. Data without a tokeniser has no sample.
+    """
+
+    model: nn.Module
+    data: Dataset
+    transforms: Sequence[Transform] | None = None
+    optimizer: Optimizer = dataclasses.field(default_factory=AdamW)
+    batch_size: int = 8
+    seq_len: int = 256
+    steps: int = 1000
+    seed: int = 0
+    accumulate: int = 1
+    z_loss: float = 0.0
+    log_every: int = 10
+    eval_every: int | None = None
+    eval_batches: int | None = 16
+    checkpoint_every: int | None = 1000
+    keep: int = 3
+    profile_steps: tuple[int, int] | None = None
+    sample_prompt: str = "\n"
+    sample_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE + _POSITIVE_OR_NONE:
+            value = getattr(self, name)
+            if value is None and name in _POSITIVE_OR_NONE:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"train.{name} is {value!r}: expected a whole number of at least 1")
+        if self.profile_steps is not None:
+            first, last = self.profile_steps
+            if not 1 <= first <= last <= self.steps:
+                raise InputError(
+                    f"train.profile_steps is {self.profile_steps}: expected (first, last) with "
+                    f"1 <= first <= last <= {self.steps}, the number of steps"
+                )
+        if self.model.vocab_size < self.data.vocab_size:
+            raise InputError(
+                f"the model's vocab_size is {self.model.vocab_size}, but the data has tokens up to "
+                f"{self.data.vocab_size - 1}: expected at least {self.data.vocab_size}"
+            )
+
+    def check_fits(self, mesh: Mesh) -> None:
+        """Raise `InputError` if the batch cannot be split evenly over the mesh and the accumulation."""
+        shards = batch_shards(mesh)
+        if self.batch_size % (shards * self.accumulate):
+            raise InputError(
+                f"train.batch_size is {self.batch_size}: expected a multiple of {shards * self.accumulate} "
+                f"({shards} device{'s' if shards > 1 else ''} that split the batch, times train.accumulate = "
+                f"{self.accumulate})"
+            )

@@ -1,0 +1,133 @@
+"""The training loop.
+
+    read a batch -> hand it to the device -> look at what has finished -> evaluate -> save
+
+Nothing here waits for the device in order to log (`in_flight.py`). Before an evaluation or a save the loop
+looks at every step so far, so that a step with a non-finite result ends the run before it can be evaluated or
+saved.
+
+The order at the end of a step is the contract of an exact resume: the rows of steps up to n, then the
+evaluation at n, then the checkpoint n. So the rows that belong to a checkpoint are all written when it is;
+what a killed run has written beyond its last checkpoint is cut off and comes again.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from jax.sharding import Mesh
+
+from seqmodels.parallel.mesh import place_batch
+from seqmodels.training.checkpoint import Checkpointer
+from seqmodels.training.in_flight import StepsInFlight
+from seqmodels.training.metrics import Report
+from seqmodels.training.parameter_rules import parameter_paths
+from seqmodels.training.state import TrainState
+from seqmodels.training.step import Batch, StepResult
+from seqmodels.training.stop_request import StopRequest
+
+STEPS_IN_FLIGHT = 4
+
+
+def training_loop(
+    state: TrainState,
+    batches: grain.DatasetIterator,
+    *,
+    start: int,
+    steps: int,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepResult]],
+    evaluate: Callable[[Any], dict[str, float]],
+    eval_every: int | None,
+    checkpointer: Checkpointer,
+    report: Report,
+    mesh: Mesh,
+    profile_steps: tuple[int, int] | None = None,
+    profile_directory: Path | None = None,
+) -> tuple[TrainState, int]:
+    """Train until update number `steps`, or until the process is asked to stop.
+
+    Args:
+        state: after `start` updates; consumed.
+        batches: stands at the batch of update `start + 1`.
+        evaluate: parameters to metrics; called every `eval_every` updates and after the last one.
+        profile_steps: first and last update to trace into `profile_directory`.
+
+    Returns:
+        The state and how many updates it has seen; fewer than `steps` if the run was asked to stop. It is
+        saved.
+
+    Raises:
+        NonFiniteError: from the first step whose loss, gradient or update is not finite.
+    """
+    in_flight = StepsInFlight(_steps_in_flight(), parameter_paths(state.params))
+    profiler = _Profiler(profile_steps, profile_directory)
+
+    def look_at_everything():
+        for done in in_flight.drain():
+            report.step(done.step, done.metrics)
+
+    step = start
+    with StopRequest() as stop:
+        while step < steps:
+            step += 1
+            profiler.before(step, look_at_everything)
+            data_position = batches.get_state()
+            batch = place_batch(next(batches), mesh)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, result = train_step(state, batch)
+            in_flight.add(step, result, data_position)
+            with jax.profiler.TraceAnnotation("look at finished steps"):
+                for done in in_flight.finished():
+                    report.step(done.step, done.metrics)
+            profiler.after(step, look_at_everything)
+
+            stopping = stop.requested_at(step)
+            last = step == steps
+            evaluation_due = last or (eval_every and step % eval_every == 0)
+            save_due = last or stopping or (checkpointer.every and step % checkpointer.every == 0)
+            if evaluation_due or save_due:
+                look_at_everything()
+            if evaluation_due:
+                report.evaluation(step, evaluate(state.params))
+                report.restart_clock()
+            if checkpointer.save(step, state, batches, final=last or stopping):
+                report.restart_clock()
+            if stopping:
+                break
+        profiler.end()
+        checkpointer.wait()
+    return state, step
+
+
+def _steps_in_flight() -> int:
+    # Several CPU processes that run ahead of each other can hang in their collectives, so there every step is
+    # awaited.
+    alone = jax.process_count() == 1
+    return STEPS_IN_FLIGHT if alone or jax.default_backend() != "cpu" else 0
+
+
+class _Profiler:
+    """A trace of some steps from their first moment to their last: no other step is in it."""
+
+    def __init__(self, steps: tuple[int, int] | None, directory: Path | None):
+        self._first, self._last = steps or (0, 0)
+        self._directory = directory
+        self._tracing = False
+
+    def before(self, step: int, wait: Callable[[], None]) -> None:
+        if step == self._first:
+            wait()
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+
+    def after(self, step: int, wait: Callable[[], None]) -> None:
+        if self._tracing and step == self._last:
+            wait()
+            self.end()
+
+    def end(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False

@@ -1,0 +1,262 @@
+"""The folder of one training run: what it holds, who may write to it, and when it is refused.
+
+    config.gin               the resolved bindings this run was started with; another config is refused
+    operative_config.gin     the bindings that were in fact used, defaults included
+    environment.json         one entry per start: time, command line, source revision, versions, platform
+    metrics.jsonl            one JSON object per line, each with its step
+    tensorboard/             event files
+    checkpoints/             see `seqmodels.training.checkpoint`
+    DONE                     JSON with the last step and the final metrics; there once the run has finished
+
+`config.gin` comes first, so a folder without it is not a run. Whole files are written under a temporary name,
+flushed to the disk and renamed: a kill leaves the old file or the new one.
+"""
+
+import datetime
+import difflib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import seqmodels
+from seqmodels.errors import InputError
+
+_LOCK = ".lock"
+_TEMPORARY = ".temporary"
+
+
+class RunDirectory:
+    """A run's folder on this machine's file system. Nothing is touched before `open`.
+
+    Args:
+        path: the folder; it and its parents are created when missing.
+        writer: whether this process writes. In a job of several processes the first one does; in the others
+            every call succeeds and writes nothing.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, writer: bool = True):
+        self.path = Path(path)
+        self.writer = writer
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """What `mark_finished` wrote, {"step": ..., "metrics": {...}}; None for a run that goes on."""
+        try:
+            return json.loads((self.path / "DONE").read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def open(self, config: str) -> None:
+        """Create the folder or continue in it, and keep other programs on this machine out until `close`.
+
+        The kernel ends the lock with the process, however it ends. Each call adds an entry to
+        `environment.json`.
+
+        Args:
+            config: the resolved bindings. A run that exists must have been started with the same ones;
+                comments and blank lines do not count.
+
+        Raises:
+            InputError: the config is another one (the message goes on with a diff), the folder is something
+                else's, cannot be written, or is in use. Nothing has been overwritten then.
+        """
+        if not self.writer:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            strangers = sorted(
+                entry.name
+                for entry in self.path.iterdir()
+                if entry.name != _LOCK and not entry.name.endswith(_TEMPORARY)
+            )
+            if strangers and not (self.path / "config.gin").exists():
+                raise InputError(
+                    f"{self.path} is not a run directory: it holds {strangers[0]!r} and no config.gin; "
+                    "name an empty or a new folder"
+                )
+            self._take_lock()
+            self._settle_config(config)
+            self.tensorboard.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            history = self.path / "environment.json"
+            starts = json.loads(history.read_text()) if history.exists() else []
+            _write(history, json.dumps([*starts, environment()], indent=1) + "\n")
+        except (FileExistsError, NotADirectoryError) as error:
+            self.close()
+            parts = (self.path, *self.path.parents)
+            file = next((part for part in parts if part.is_file()), error.filename)
+            raise InputError(
+                f"{file} is a file; the run directory {self.path} needs a folder there"
+            ) from error
+        except OSError as error:
+            self.close()
+            raise InputError(
+                f"cannot write the run directory {self.path}: {error.strerror}; expected a writable folder"
+            ) from error
+        except InputError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other programs in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_operative_config(self, text: str) -> None:
+        """Write `operative_config.gin`; known only once everything has been constructed."""
+        if self.writer:
+            _write(self.path / "operative_config.gin", text)
+
+    def cut_metrics(self, step: int) -> None:
+        """Cut off the rows of `metrics.jsonl` behind `step`, and a line torn by a kill.
+
+        What is then appended makes the file of a run that was never stopped, as long as every row up to a
+        checkpoint's step was appended before that checkpoint was saved.
+        """
+        if self.writer:
+            kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
+            _write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append_metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row, {"step": step, **values}; no kill of this process can lose it once this returns."""
+        if not self.writer:
+            return
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.metrics}: {error.strerror}") from error
+
+    def mark_finished(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write `DONE`: from now on this run has nothing left to do."""
+        if self.writer:
+            _write(self.path / "DONE", json.dumps({"step": step, "metrics": dict(metrics)}, indent=1) + "\n")
+
+    def _take_lock(self) -> None:
+        self._lock = (self.path / _LOCK).open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "unknown"
+            raise InputError(
+                f"{self.path} is in use by process {owner} on this machine; "
+                "wait for it, stop it, or name another run directory"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+
+    def _settle_config(self, config: str) -> None:
+        """Write `config.gin`, or find that it says the same."""
+        file = self.path / "config.gin"
+        if not file.exists():
+            _write(file, config)
+            return
+        saved, given = _bindings(file.read_text()), _bindings(config)
+        if saved != given:
+            lines = difflib.unified_diff(saved, given, "this run", "given", n=0, lineterm="")
+            difference = [line for line in lines if not line.startswith(("--- ", "+++ ", "@@ "))]
+            raise InputError(
+                f"{self.path} is a run with another config; name another run directory to start a new run, "
+                f"or use the config in {file} to continue this one (- this run's, + yours):\n"
+                + "\n".join(difference)
+            )
+
+
+def _bindings(config: str) -> list[str]:
+    return [line for line in config.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, in order; none when there is no file. A torn last line is left out.
+
+    Raises:
+        InputError: another line is not one JSON object with a step; the message has its number.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path}, line {number}: expected a JSON object with a step, found {line[:60]!r}"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """What this program runs on: time, command line, source revision, package versions, platform."""
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [sys.executable, *sys.argv],
+        "source": source_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
+    }
+
+
+def source_revision() -> dict[str, Any] | None:
+    """{"revision": commit, "changed": [changed files]}; None when the code is not in a git checkout."""
+    root = Path(seqmodels.__file__).resolve().parent.parent
+    git = shutil.which("git")
+
+    def ask(*arguments: str) -> str | None:
+        answer = subprocess.run(
+            [git, "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
+        return answer.stdout.rstrip("\n") if answer.returncode == 0 else None
+
+    # An installed package may lie inside some other repository, whose revision says nothing about it.
+    if git is None or ask("rev-parse", "--show-toplevel") != str(root):
+        return None
+    changed = ask("status", "--porcelain") or ""
+    return {"revision": ask("rev-parse", "--verify", "--quiet", "HEAD"), "changed": changed.splitlines()}
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole: after a kill or a full disk it is the old one or the new one."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error

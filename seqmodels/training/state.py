@@ -1,0 +1,64 @@
+"""Everything that a training step reads and writes, and that a checkpoint has to hold."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from seqmodels.parallel.mesh import replicated
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A pytree; every leaf is a `jax.Array` on the mesh.
+
+    step: int32 scalar, the number of updates done.
+    params: float32 parameters of the model.
+    opt_state: the optimizer's state.
+    key: typed random key; step n uses `fold_in(key, n)`, so the key itself never changes.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def parameter_shapes(model: nn.Module, seq_len: int) -> Any:
+    """The model's parameters as `jax.ShapeDtypeStruct`s; nothing is computed or allocated."""
+    return jax.eval_shape(lambda key: _init_parameters(model, key, seq_len), jax.random.key(0))
+
+
+def create_state(
+    model: nn.Module, transform: optax.GradientTransformation, *, seq_len: int, seed: int, mesh: Mesh
+) -> TrainState:
+    """A fresh state, made on the devices and already laid out on the mesh."""
+    make = jax.jit(_state_maker(model, transform, seq_len), out_shardings=replicated(mesh))
+    return make(jax.random.key(seed))
+
+
+def state_shapes(
+    model: nn.Module, transform: optax.GradientTransformation, *, seq_len: int, mesh: Mesh
+) -> TrainState:
+    """What `create_state` would return, as `jax.ShapeDtypeStruct`s with shardings: the target of a
+    restore."""
+    shapes = jax.eval_shape(_state_maker(model, transform, seq_len), jax.random.key(0))
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def _state_maker(model, transform, seq_len):
+    def make(key):
+        init_key, step_key = jax.random.split(key)
+        params = _init_parameters(model, init_key, seq_len)
+        return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params), step_key)
+
+    return make
+
+
+def _init_parameters(model, key, seq_len):
+    return nn.meta.unbox(model.init(key, jnp.zeros((1, seq_len), jnp.int32)))["params"]

@@ -1,0 +1,97 @@
+"""One update: gradients, clipping, optimizer, and the numbers worth watching, in one compiled program."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from seqmodels.parallel.mesh import replicated
+from seqmodels.training.loss import LossSums, loss_sums
+from seqmodels.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+class StepResult(NamedTuple):
+    """What a step reports; float32.
+
+    metrics: scalars by name. `loss` is the cross entropy in nats per unit of weight, without the z term.
+    gradient_norms: `[P]`, the norm of each parameter's gradient before clipping, in the order of
+        `parameter_paths`.
+    """
+
+    metrics: dict[str, jax.Array]
+    gradient_norms: jax.Array
+
+
+def make_train_step(
+    model: nn.Module,
+    transform: optax.GradientTransformation,
+    learning_rates: optax.Schedule,
+    *,
+    mesh: Mesh,
+    z_loss: float = 0.0,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepResult]]:
+    """The jitted training step. It consumes (donates) the state that it is given.
+
+    Args:
+        z_loss: coefficient of the squared log-normaliser in what is minimised.
+        accumulate: the batch is worked off in this many parts, one after the other, for the memory of one
+            part. The result is that of the whole batch, whatever weight each part has. The batch size must be
+            a multiple of `accumulate` times the number of batch shards.
+    """
+
+    def objective(params, batch, key, total_weight):
+        logits, _ = model.apply(
+            {"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids"), rngs={"dropout": key}
+        )
+        sums = loss_sums(logits, batch["targets"], batch["weights"])
+        return (sums.nll + z_loss * sums.z) / total_weight, sums
+
+    gradient = jax.grad(objective, has_aux=True)
+
+    def accumulated_gradient(params, batch, key, total_weight):
+        def add_part(total, numbered_part):
+            number, part = numbered_part
+            more = gradient(params, part, jax.random.fold_in(key, number), total_weight)
+            return jax.tree.map(jnp.add, total, more), None
+
+        # Row i goes to part i % accumulate: so every device's rows are split evenly and stay where they are.
+        parts = {
+            name: rows.reshape(-1, accumulate, *rows.shape[1:]).swapaxes(0, 1) for name, rows in batch.items()
+        }
+        zero = jnp.zeros((), jnp.float32)
+        start = jax.tree.map(jnp.zeros_like, params), LossSums(zero, zero, zero, zero)
+        return jax.lax.scan(add_part, start, (jnp.arange(accumulate), parts))[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
+        key = jax.random.fold_in(state.key, state.step)
+        total_weight = jnp.sum(batch["weights"])
+        total_weight = jnp.where(total_weight > 0, total_weight, 1.0)
+        compute = gradient if accumulate == 1 else accumulated_gradient
+        gradients, sums = compute(state.params, batch, key, total_weight)
+
+        updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        gradient_norms = jnp.stack(
+            [jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(gradients)]
+        )
+        metrics = {
+            "loss": sums.nll / total_weight,
+            "accuracy": sums.correct / total_weight,
+            "gradient_norm": jnp.linalg.norm(gradient_norms),
+            "update_norm": optax.tree.norm(updates),
+            "learning_rate": jnp.asarray(learning_rates(state.step), jnp.float32),
+        }
+        if z_loss:
+            metrics["z_loss"] = z_loss * sums.z / total_weight
+        new_state = TrainState(state.step + 1, params, opt_state, state.key)
+        return new_state, StepResult(metrics, gradient_norms)
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))

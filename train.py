@@ -1,0 +1,196 @@
+"""Train a sequence model: flags, config, mesh, data, model, state, step, loop.
+
+    python train.py --config configs/quickstart.gin --run_dir runs/quickstart
+
+The same command goes on where a run was stopped or killed, and says so when the run is finished.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+# Before NumPy is loaded: with several threads, small linear algebra on the CPU is a hundred times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax
+
+from seqmodels import config
+from seqmodels.constructors import register_constructors
+from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART, run_main
+from seqmodels.models.accounting import flops_per_token, parameter_count
+from seqmodels.parallel.mesh import make_mesh
+from seqmodels.training import (
+    Checkpointer,
+    NonFiniteError,
+    Report,
+    RunDirectory,
+    TrainingJob,
+    create_state,
+    make_evaluator,
+    make_train_step,
+    parameter_shapes,
+    say,
+    state_shapes,
+    training_loop,
+)
+from seqmodels.training.run_directory import read_metrics
+
+DESCRIPTION = """\
+Train a sequence model as a config file says. The run directory holds all there is to know about the run:
+config, checkpoints, metrics.jsonl, TensorBoard events. The same command continues a run that was stopped or
+killed, exactly where it was; a finished run is left as it is."""
+
+EPILOG = """\
+examples:
+  python train.py --config configs/quickstart.gin --run_dir runs/quickstart
+  python train.py --config configs/quickstart.gin --run_dir runs/long --gin.train.steps=5000
+
+exit codes:
+  0   done
+  1   a defect, or a loss or gradient that is not finite
+  2   an input is wrong; one line says which
+  42  stopped by SIGTERM or Ctrl-C after saving; the same command continues"""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    config.add_arguments(parser)
+    parser.add_argument(
+        "--run_dir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of the run; made when it is not there",
+    )
+    rest, overrides = config.split_overrides(argv)
+    arguments = parser.parse_args(rest)
+
+    prepare_jax()
+    register_constructors()
+    config.parse(arguments.config, overrides)
+    with RunDirectory(arguments.run_dir, writer=jax.process_index() == 0) as run:
+        return train(TrainingJob(), run)
+
+
+def train(job: TrainingJob, run: RunDirectory) -> int:
+    """Run the job until it is finished or stopped; returns the exit code. Opens the run directory once
+    everything that can be wrong with the job has been looked at, so that a mistake leaves nothing behind."""
+    if run.finished:
+        run.open(config.config_text())
+        say(f"{run.path}: finished at step {run.finished['step']}, nothing left to do")
+        return EXIT_DONE
+
+    mesh = make_mesh()
+    job.check_fits(mesh)
+    devices = jax.devices()
+    say(f"devices: {len(devices)} x {devices[0].device_kind}, in {jax.process_count()} process(es)")
+
+    data = job.data
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    say(f"data: {type(data).__name__}, {data.vocab_size:,} ids, batches of {job.batch_size} x {job.seq_len}")
+    batches = data.train_batches(
+        job.batch_size, job.seq_len, job.seed, transforms=job.transforms, **processes
+    )
+
+    model = job.model
+    parameters = parameter_shapes(model, job.seq_len)
+    forward_flops = flops_per_token(model, job.seq_len)
+    say(f"model: {parameter_count(parameters):,} parameters, {forward_flops:,.0f} FLOPs per token forward")
+    transform = job.optimizer.build(parameters, job.steps)
+
+    config.check_all_used()
+    run.open(config.config_text())
+    run.write_operative_config(config.operative_config())
+    say(f"run directory: {run.path}")
+
+    train_step = make_train_step(
+        model,
+        transform,
+        job.optimizer.learning_rates(job.steps),
+        mesh=mesh,
+        z_loss=job.z_loss,
+        accumulate=job.accumulate,
+    )
+    evaluate = make_evaluator(
+        model,
+        lambda: data.evaluation_batches(job.batch_size, job.seq_len, **processes),
+        mesh=mesh,
+        max_batches=job.eval_batches,
+        bytes_per_token=data.bytes_per_token,
+    )
+
+    checkpoints = Checkpointer(
+        run.checkpoints, every=job.checkpoint_every, keep=job.keep, config=config.operative_config()
+    )
+    with jax.set_mesh(mesh), checkpoints:
+        restored = checkpoints.restore(
+            state_shapes(model, transform, seq_len=job.seq_len, mesh=mesh), batches
+        )
+        if restored:
+            start, state = restored.step, restored.state
+            say(f"continuing after step {start}")
+        else:
+            start, state = 0, create_state(model, transform, seq_len=job.seq_len, seed=job.seed, mesh=mesh)
+            say("starting; the first step takes longest, it is compiled")
+        run.cut_metrics(start)
+
+        report = Report(
+            run,
+            start=start,
+            steps=job.steps,
+            tokens_per_step=job.batch_size * job.seq_len,
+            flops_per_token=3 * forward_flops,
+            bytes_per_token=data.bytes_per_token,
+            every=job.log_every,
+        )
+        with report:
+            state, step = training_loop(
+                state,
+                batches,
+                start=start,
+                steps=job.steps,
+                train_step=train_step,
+                evaluate=evaluate,
+                eval_every=job.eval_every,
+                checkpointer=checkpoints,
+                report=report,
+                mesh=mesh,
+                profile_steps=job.profile_steps,
+                profile_directory=run.path / "profile",
+            )
+    if step < job.steps:
+        say(f"stopped after step {step} and saved: the same command continues")
+        return EXIT_RESTART
+    rows = read_metrics(run.metrics)
+    run.mark_finished(step, rows[-1] if rows else {})
+    say(f"finished: step {step}, checkpoint and metrics are in {run.path}")
+    return EXIT_DONE
+
+
+def prepare_jax() -> None:
+    """Keep compiled programs on disk from one start to the next, and libraries' remarks off the terminal."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqmodels" / "xla"
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    for library in ("absl", "jax", "orbax", "tensorboardX"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def cli(argv: list[str]) -> int:
+    try:
+        return main(argv)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_DEFECT
+
+
+if __name__ == "__main__":
+    run_main(cli)
