@@ -75,6 +75,9 @@ def softmax_attention(
     Raises InputError where shapes or dtypes disagree.
     """
     _check(q, k, v, window, sinks, capacity)
+    if not isinstance(initial_state, KVCache | None):
+        kind = type(initial_state).__name__
+        raise InputError(f"softmax_attention: initial_state is a {kind}; expected a KVCache")
     batch, length, heads, key_dim = k.shape
     if window is not None:
         capacity = window + sinks
@@ -127,8 +130,6 @@ def _check(q: Array, k: Array, v: Array, window: int | None, sinks: int, capacit
 
 def _checked_cache(cache: KVCache, shape: tuple[int, ...], window: int | None) -> KVCache:
     """The caller's cache with its shapes compared, and enlarged to the capacity that is asked for."""
-    if not isinstance(cache, KVCache):
-        raise InputError(f"softmax_attention: initial_state is a {type(cache).__name__}; expected a KVCache")
     batch, capacity, heads, key_dim, value_dim = shape
     expected = jax.eval_shape(lambda: empty_cache(batch, cache.slots, heads, key_dim, value_dim))
     for name, have, want in zip(KVCache._fields, cache, expected):
@@ -153,9 +154,10 @@ def _check_room(
     before = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
     if any(isinstance(x, jax.core.Tracer) for x in (before, segment_ids)):
         return
-    docs = None if segment_ids is None else _scan.documents(segment_ids)
-    query = reach(before, docs, length)
-    needed = int(jnp.max(query.rank - query.first)) + 1
+    with jax.ensure_compile_time_eval():
+        docs = None if segment_ids is None else _scan.documents(segment_ids)
+        query = reach(before, docs, length)
+        needed = int(jnp.max(query.rank - query.first)) + 1
     if needed > capacity:
         raise InputError(
             f"softmax_attention: a document reaches {needed} tokens and the cache has {capacity} slots; "
@@ -184,9 +186,9 @@ def _grouped(q: Array, key_heads: int) -> Array:
 
 
 def _attend(q: Array, k: Array, v: Array, seen: Array, options: Options) -> Array:
-    """Equation (1) for q [b, t, h, k], k [b, j, hk, k], v [b, j, hk, v] and seen [b, t, j]; 0 where nothing is seen.
+    """Equation (1) for q [b, t, h, k], k [b, j, hk, k], v [b, j, hk, v]; seen [b, t, j]: what each query sees.
 
-    In float32, or float64 for float64 inputs (`jax.nn.dot_product_attention` has its softmax in float32 always).
+    In float64 for float64 inputs, which `jax.nn.dot_product_attention` is not.
     """
     seen = seen[:, None, None]
     s = product("bthgk,bjhk->bhgtj", _grouped(q, k.shape[2]), k) * _scale(q, options)

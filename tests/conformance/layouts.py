@@ -11,6 +11,8 @@ import numpy as np
 BATCH = 4
 CHUNK = 8
 LENGTH = 30
+# For errors that may grow with time: more than one chunk of the length that operators choose by themselves.
+LONG = 96
 
 
 def _row(*pieces: tuple[int, int]) -> list[int]:
@@ -40,7 +42,8 @@ WHOLE = np.ones((BATCH, LENGTH), int)
 EVERY_TOKEN = np.tile(np.arange(1, LENGTH + 1), (BATCH, 1))
 LAYOUTS = {"one document": WHOLE, "packed": PACKED, "padded": PADDED, "a document per token": EVERY_TOKEN}
 
-SPLITS = ((1, 29), (29, 1), (10, 10, 10), (7, 8, 15))
+THIRDS = (10, 10, 10)
+SPLITS = ((1, 29), (29, 1), THIRDS, (7, 8, 15))
 DECODE = (10, *(1,) * 20)
 
 

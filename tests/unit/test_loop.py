@@ -34,7 +34,6 @@ from seqmodels.training.step import StepResult, make_train_step
 
 REPOSITORY = Path(__file__).parents[2]
 VOCABULARY, LENGTH, BATCH = 16, 16, 8
-CACHE = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 
 
 def load_train():
@@ -114,17 +113,6 @@ def assert_same_run(folder, reference):
     assert (folder / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
     same = jax.tree.map(np.array_equal, parameters_of(folder), parameters_of(reference))
     assert jax.tree.leaves(same) and jax.tree.all(same)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """The persistent cache, as in `train.py`: every run of this file after the first starts quickly."""
-    before = {name: getattr(jax.config, name) for name in CACHE}
-    for name, value in zip(CACHE, (str(tmp_path_factory.mktemp("xla")), 0.0)):
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -227,12 +215,11 @@ def slow_step():
 
 
 class Silent:
-    """Stands where the loop evaluates, saves and reports; notes the steps that it is told of."""
+    """Stands where the loop saves and reports; notes the steps that it hears of."""
 
-    every = None
-
-    def __init__(self):
-        self.told = []
+    def __init__(self, every=None):
+        self.every = every
+        self.told, self.saved = [], []
 
     def step(self, step, metrics):
         self.told.append(step)
@@ -241,7 +228,9 @@ class Silent:
 
     def restart_clock(self): ...
 
-    def save(self, *_, **__): ...
+    def save(self, step, *_, **__):
+        self.saved.append(step)
+        return True
 
     def wait(self): ...
 
@@ -368,6 +357,13 @@ def test_an_accumulated_batch_is_the_whole_batch(accumulate):
         assert np.linalg.norm(a - b) <= bound * np.linalg.norm(a), path
 
 
+def test_the_loss_is_a_mean_over_weight():
+    batch = uneven_batch()
+    doubled = {**batch, "weights": 2 * batch["weights"]}
+    for one, other in zip(one_step(1, batch)[1].metrics.items(), one_step(1, doubled)[1].metrics.items()):
+        assert one == other
+
+
 def test_a_batch_without_weight_changes_nothing():
     batch = uneven_batch()
     before = create_state(Smooth(), optax.identity(), seq_len=LENGTH, seed=0, mesh=make_mesh())
@@ -394,7 +390,7 @@ def test_four_devices_compute_what_one_does(tmp_path):
     assert run_job(quiet_job(), tmp_path / "one") == EXIT_DONE
     script = "import pathlib, runpy, sys; here = runpy.run_path(sys.argv[1]); "
     script += "here['run_job'](here['quiet_job'](), pathlib.Path(sys.argv[2]))"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
     done = subprocess.run(
         [sys.executable, "-c", script, __file__, tmp_path / "four"],
         env=os.environ | flags, text=True, capture_output=True, timeout=120,
@@ -473,13 +469,9 @@ def test_not_finite_is_exit_code_1_and_a_message(gin_file, tmp_path, capsys):
 
 
 def test_sigterm_from_outside_saves_and_exits_42(gin_file, tmp_path):
-    """Twice: the second process continues where the first one stopped, and neither says more than it should."""
+    """Twice: the second process continues where the first stopped, and neither says more than it should."""
     run, said = tmp_path / "run", []
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "PYTHONWARNINGS": "error::DeprecationWarning:__main__",
-    }
+    environment = os.environ | {"PYTHONWARNINGS": "error::DeprecationWarning:__main__"}
     for _ in range(2):
         before = len(read_metrics(run / "metrics.jsonl"))
         process = subprocess.Popen(

@@ -1,0 +1,117 @@
+"""Writing text: read the prompts in one pass, then one token at a time in constant memory."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from seqmodels.data.tokenizers import Tokenizer
+from seqmodels.errors import InputError
+from seqmodels.models import LanguageModel
+from seqmodels.notation import Array
+
+PROMPT_MULTIPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    temperature   the logits are divided by it; 0 takes the largest
+    top_k         keep the k largest; None keeps all
+    top_p         keep the most probable tokens that together reach this probability (Holtzman et al. 2019,
+                  arXiv 1904.09751); applied after top_k
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InputError(f"temperature is {self.temperature}; expected 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k is {self.top_k}; expected at least 1")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
+
+    def draw(self, logits: Float[Array, "b vocabulary"], key: Array) -> Int[Array, " b"]:
+        """One token per row."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            smallest = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        if self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            probability = jax.nn.softmax(ordered, axis=-1)
+            kept = jnp.cumsum(probability, axis=-1) - probability < self.top_p
+            smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        return jax.random.categorical(key, logits)
+
+
+def generate(
+    model: LanguageModel,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """Continue every prompt by `max_tokens` tokens; yields them as they come, int32 [number of prompts] each time.
+
+    prompts: token ids, of any lengths but zero. Shorter ones are padded on the left; padding changes nothing.
+    params: the model's parameters, as in a checkpoint. seed: equal seeds give equal text.
+
+    Memory does not grow with the text, but for attention without a window, whose cache is made for all of it.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise InputError("generate: a prompt has no tokens; expected at least one in each")
+    length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    tokens = np.zeros((len(prompts), length), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        segment_ids[row, length - len(prompt) :] = 1
+
+    variables = {"params": params}
+    draw = sampling.draw
+
+    @jax.jit
+    def prefill(variables: Any, tokens: Array, segment_ids: Array, key: Array) -> tuple[Array, Any]:
+        state = model.initial_state(len(prompts), capacity=length + max_tokens)
+        logits, state = model.apply(variables, tokens, state, segment_ids)
+        return draw(logits[:, -1], key), state
+
+    @jax.jit
+    def decode(variables: Any, tokens: Array, state: Any, key: Array) -> tuple[Array, Any]:
+        logits, state = model.apply(variables, tokens[:, None], state)
+        return draw(logits[:, -1], key), state
+
+    keys = jax.random.split(jax.random.key(seed), max(max_tokens, 1))
+    for i in range(max_tokens):
+        if i == 0:
+            drawn, state = prefill(variables, tokens, segment_ids, keys[0])
+        else:
+            drawn, state = decode(variables, drawn, state, keys[i])
+        yield np.asarray(drawn, np.int32)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt as the beginning of a document."""
+    return [tokenizer.separator, *map(int, tokenizer.encode(prompt))]
+
+
+def until_separator(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[int]:
+    """The ids before the one that ends a document."""
+    for token in ids:
+        if token == tokenizer.separator:
+            return
+        yield token

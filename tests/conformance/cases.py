@@ -1,0 +1,294 @@
+"""What the laws are tried on: an operator with one of its examples, or a layer with one choice of its fields.
+
+Both are functions (arrays over a span, state at its start, segment ids) -> (outputs, state at its end) that can be run
+in several forms, so most laws are written once for both.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from seqmodels.ops import _dispatch
+from seqmodels.ops._op import Example, Inputs, Options, SeqOp, State
+from seqmodels.registry import Entry
+from tests.conformance.compare import Floats, cast, floats_of
+from tests.conformance.layouts import BATCH, CHUNK, LENGTH, LONG
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+# The state that a span starts from is what the tokens before it left: one that can really be reached.
+TOKENS_BEFORE = 5
+
+LAYER_WIDTH = 16
+
+# Choices of fields to test layers with; each is for the layers that have all of them.
+FIELDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"conv_size": 3},
+    {"window": 5, "sinks": 2},
+    {"num_kv_heads": 2, "qk_norm": True},
+    {"normalize": False, "output_norm": True},
+)
+
+
+class Variant(NamedTuple):
+    """A form and the length of its chunks."""
+
+    form: str
+    chunk_size: int | None = None
+
+
+RECURRENT = Variant("recurrent")
+
+
+class Span(NamedTuple):
+    """The arguments of one run. State and segment ids may be None."""
+
+    arrays: Inputs
+    state: State
+    segment_ids: np.ndarray | None
+
+
+class Outcome(NamedTuple):
+    """What a run gives: outputs, final state, and the gradients of a weighted sum of both."""
+
+    o: jax.Array
+    state: State
+    gradient: Floats
+
+
+class Case:
+    """A function with a state, on one set of arguments. Compiled once per variant and shape, whichever law asks.
+
+    op               the operator, or that of the layer
+    time_args        names of the arrays with a time axis
+    variants         the forms to try, beside the recurrent one
+    exact            dtype of the reference
+    low_precisions   dtypes whose errors are measured against it
+    tolerance        entry of the table of tolerances for sameness in `exact`
+    finds_starts     whether a document that starts with a span is told from one that goes on. An operator cannot know:
+                     the state it is given belongs to the first document of the span
+    """
+
+    op: SeqOp
+    time_args: tuple[str, ...]
+    variants: list[Variant]
+    exact: np.dtype
+    low_precisions: tuple[np.dtype, ...]
+    tolerance: str
+    finds_starts: bool
+
+    def arrays(self, dtype: np.dtype, length: int, seed: int) -> Inputs:
+        raise NotImplementedError
+
+    def fresh(self, arrays: Inputs, capacity: int = TOKENS_BEFORE + LENGTH) -> State:
+        """The state before the first token of a document."""
+        raise NotImplementedError
+
+    def call(self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any) -> tuple[jax.Array, State]:
+        """Run it, not compiled."""
+        raise NotImplementedError
+
+    def precisely(self) -> contextlib.AbstractContextManager:
+        """Within, arrays of dtype `exact` keep it."""
+        return jax.enable_x64(self.exact == FLOAT64)
+
+    @functools.cache  # noqa: B019
+    def span(self, dtype: np.dtype, length: int = LENGTH, seed: int = 1) -> Span:
+        """Arrays of that dtype and length, and the state that tokens before them left."""
+        arrays = self.arrays(dtype, TOKENS_BEFORE + length, seed)
+        before, after = (self.cut(arrays, part) for part in (slice(TOKENS_BEFORE), slice(TOKENS_BEFORE, None)))
+        start = self.fresh(arrays, TOKENS_BEFORE + length)
+        _, state = self.forward(RECURRENT)(before, start, None)
+        return Span(after, state, None)
+
+    def is_timed(self, name: str, x: Any) -> bool:
+        return name in self.time_args and x is not None and x.ndim > 1
+
+    def cut(self, arrays: Inputs, places: Any, rows: Any = slice(None)) -> Inputs:
+        """Some rows and places of the arrays that have a time axis."""
+        return {name: x[rows][:, places] if self.is_timed(name, x) else x for name, x in arrays.items()}
+
+    @functools.cache  # noqa: B019
+    def forward(self, variant: Variant):
+        """Compiled (arrays, state, segment_ids) -> (o, state)."""
+        return jax.jit(functools.partial(self.call, variant))
+
+    @functools.cache  # noqa: B019
+    def _differentiated(self, variant: Variant):
+        def run(span: Span, output_weights: jax.Array, state_weights: jax.Array) -> Outcome:
+            differentiable, replaced = floats_of((span.arrays, span.state))
+
+            def outputs(differentiable: Floats):
+                arrays, state = replaced(differentiable)
+                found = self.call(variant, arrays, state, span.segment_ids)
+                return floats_of(found)[0], found
+
+            floats, backward, (o, state) = jax.vjp(outputs, differentiable, has_aux=True)
+            by_output, by_state = cotangents(floats, output_weights), cotangents(floats, state_weights)
+            (gradient,) = backward({path: (by_output if path == "[0]" else by_state)[path] for path in floats})
+            return Outcome(o, state, gradient)
+
+        return jax.jit(run)
+
+    def outcome(
+        self, variant: Variant, span: Span, output_weights: np.ndarray, state_weights: np.ndarray
+    ) -> Outcome:
+        """Outputs, final state and gradients. A weight of 0 takes a position, or a row's final state, out of the sum.
+
+        output_weights: [b, t]; state_weights: [b]. Gradients are by path: "[0]['q']" an array, "[1]..." the state.
+        """
+        return self._differentiated(variant)(span, output_weights, state_weights)
+
+
+def cotangents(floats: Floats, weights: jax.Array) -> Floats:
+    """Different for every element, and 0 where the weight of its row (and position) is."""
+
+    def cotangent(x: jax.Array, seed: int) -> jax.Array:
+        if x.shape[: weights.ndim] != weights.shape:
+            return jnp.zeros_like(x)
+        w = weights.astype(jnp.result_type(jnp.float32, x.dtype))[..., None]
+        angles = w * jnp.arange(seed + 1, seed + 1 + x.size // weights.size)
+        return (w * jnp.cos(angles)).reshape(x.shape).astype(x.dtype)
+
+    return {path: cotangent(x, seed) for seed, (path, x) in enumerate(floats.items())}
+
+
+def weights(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random weights of the outputs and of the final state."""
+    random = np.random.default_rng(0)
+    return random.normal(size=(BATCH, length)), random.normal(size=BATCH)
+
+
+@contextlib.contextmanager
+def described_by(op: SeqOp) -> Iterator[None]:
+    """Within, the public function runs by this description of its operator: that of a test may be an altered one."""
+    run = _dispatch.run
+
+    def run_described(own: SeqOp, *args: Any, **kwargs: Any):
+        return run(op if own.name == op.name else own, *args, **kwargs)
+
+    with mock.patch.object(_dispatch, "run", run_described):
+        yield
+
+
+class OpCase(Case):
+    """An operator on one of its examples, in float64."""
+
+    exact, low_precisions, tolerance, finds_starts = FLOAT64, (FLOAT32, BFLOAT16), "forms", False
+
+    def __init__(self, op: SeqOp, example: str):
+        self.op, self.example, self.time_args = op, example, op.time_args
+        self.variants = []
+        for form in op.forms:
+            self.variants.append(Variant(form, CHUNK if form == "chunked" else None))
+            if form == "chunked":
+                self.variants.append(Variant(form))
+
+    def __repr__(self) -> str:
+        return f"{self.op.name}, {self.example}"
+
+    def arguments(self, length: int, seed: int = 0) -> Example:
+        return self.op.examples(jax.random.key(seed), BATCH, length)[self.example]
+
+    @functools.cached_property
+    def options(self) -> Options:
+        return self.arguments(TOKENS_BEFORE + LONG).options  # caches with room for the longest span
+
+    @functools.cached_property
+    def is_extreme(self) -> bool:
+        return self.arguments(TOKENS_BEFORE + LENGTH).extreme
+
+    def arrays(self, dtype: np.dtype, length: int, seed: int) -> Inputs:
+        arrays = cast(self.arguments(length, seed).arrays, FLOAT32)
+        return {name: cast(x, argument_dtype(name, dtype)) for name, x in arrays.items()}
+
+    def dispatched(self, arrays: Inputs) -> tuple[Inputs, Options]:
+        """Arrays and options in the shape in which the public function hands them to the operator's parts."""
+
+        class Reached(Exception):
+            pass
+
+        def stop(own: SeqOp, arrays: Inputs, options: Options, **kwargs: Any):
+            raise Reached(arrays, options)
+
+        with mock.patch.object(_dispatch, "run", stop):
+            try:
+                self.op.call(**arrays, **self.options)
+            except Reached as reached:
+                return reached.args
+        raise AssertionError(f"{self.op.name}: the public function does not go through _dispatch.run")
+
+    def fresh(self, arrays: Inputs, capacity: int = TOKENS_BEFORE + LENGTH) -> State:
+        return self.op.initial_state(*self.dispatched(arrays))
+
+    def call(self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any) -> tuple[jax.Array, State]:
+        with described_by(self.op):
+            return self.op.call(
+                **arrays,
+                **self.options,
+                initial_state=state,
+                segment_ids=segment_ids,
+                form=variant.form,
+                chunk_size=variant.chunk_size,
+            )
+
+
+def argument_dtype(name: str, dtype: np.dtype) -> np.dtype:
+    """Log decays are float32 whatever the dtype of the rest."""
+    return max(dtype, FLOAT32, key=lambda x: x.itemsize) if name == "g" else dtype
+
+
+class LayerCase(Case):
+    """A layer with random parameters, in float32 (its gates and statistics are float32 in any case)."""
+
+    exact, low_precisions, tolerance, finds_starts = FLOAT32, (BFLOAT16,), "layer", True
+    time_args = ("x",)
+    variants = [Variant("chunked", CHUNK)]  # noqa: RUF012
+
+    def __init__(self, name: str, entry: Entry, fields: Mapping[str, Any]):
+        self.name, self.op, self.constructor, self.fields = name, entry.op, entry.layer, dict(fields)
+
+    def __repr__(self) -> str:
+        return ", ".join([self.name, *(f"{name}={value}" for name, value in self.fields.items())])
+
+    def layer(self, **fields: Any):
+        return self.constructor(d_model=LAYER_WIDTH, **{**self.fields, **fields})
+
+    def arrays(self, dtype: np.dtype, length: int, seed: int) -> Inputs:
+        x = jax.random.normal(jax.random.key(seed), (BATCH, length, LAYER_WIDTH))
+        variables = jax.jit(self.layer().init)(jax.random.key(0), x[:, :1])
+        return {"x": cast(x, dtype), "variables": cast(variables, FLOAT32)}
+
+    def fresh(self, arrays: Inputs, capacity: int = TOKENS_BEFORE + LENGTH) -> State:
+        x = arrays["x"]
+        return self.layer(dtype=x.dtype).initial_state(x.shape[0], capacity)
+
+    def call(self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any) -> tuple[jax.Array, State]:
+        x = arrays["x"]
+        layer = self.layer(dtype=x.dtype, form=variant.form, chunk_size=variant.chunk_size)
+        return layer.apply(arrays["variables"], x, state, segment_ids)
+
+
+def op_cases(mixers: Mapping[str, Entry], other_ops: tuple[SeqOp, ...]) -> list[OpCase]:
+    """Every operator of the table, once, on each of its examples."""
+    ops = {op.name: op for op in (*(entry.op for entry in mixers.values()), *other_ops)}
+    return [OpCase(op, name) for op in ops.values() for name in op.examples(jax.random.key(0), 1, 2)]
+
+
+def layer_cases(mixers: Mapping[str, Entry]) -> list[LayerCase]:
+    """Every layer of the table, with each choice of `FIELDS` that is for it."""
+    return [
+        LayerCase(name, entry, fields)
+        for name, entry in mixers.items()
+        for fields in FIELDS
+        if all(hasattr(entry.layer, field) for field in fields)
+    ]

@@ -1,0 +1,377 @@
+"""The laws of a function with a state, each a function of a case that raises AssertionError where it is broken.
+
+The recurrent form, `lax.scan` of the operator's definition, is what everything else is held against: in float64 for
+operators, in float32 for layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmodels.ops._scan import Documents
+from tests.conformance.cases import (
+    BFLOAT16,
+    FLOAT32,
+    RECURRENT,
+    Case,
+    LayerCase,
+    OpCase,
+    Outcome,
+    Span,
+    Variant,
+    argument_dtype,
+    cotangents,
+    weights,
+)
+from tests.conformance.compare import (
+    assert_close,
+    assert_equal,
+    assert_zero,
+    bytes_of,
+    cast,
+    floats_of,
+    is_float,
+)
+from tests.conformance.layouts import (
+    CHUNK,
+    DECODE,
+    LAYOUTS,
+    LENGTH,
+    LONG,
+    PACKED,
+    PADDED,
+    SPLITS,
+    THIRDS,
+    documents,
+    spans,
+)
+from tests.tolerances import PRECISION_MULTIPLE, TOLERANCES, precision_floor
+
+
+def check_forms(case: Case) -> None:
+    """Law 1. Every form equals the recurrent one: outputs, final state, and all gradients, through the state too."""
+    with case.precisely():
+        span = case.span(case.exact)
+        for layout, segment_ids in LAYOUTS.items():
+            marked = span._replace(segment_ids=segment_ids)
+            expected = case.outcome(RECURRENT, marked, *weights(LENGTH))
+            for variant in case.variants:
+                found = case.outcome(variant, marked, *weights(LENGTH))
+                _assert_same(found, expected, case.tolerance, f"{case}, {variant}, {layout}: ")
+        # Without segment ids the program is another one.
+        expected, first = case.outcome(RECURRENT, span, *weights(LENGTH)), case.variants[0]
+        found = case.outcome(first, span, *weights(LENGTH))
+        _assert_same(found, expected, case.tolerance, f"{case}, {first}, no segment ids: ")
+
+
+def _assert_same(found: Outcome, expected: Outcome, tolerance: str, name: str) -> None:
+    for part in Outcome._fields:
+        assert_close(getattr(found, part), getattr(expected, part), TOLERANCES[tolerance], f"{name}{part}")
+
+
+def check_split(case: Case) -> None:
+    """Law 2. Spans one after the other equal the whole; prefill, then decode, equals the forward pass."""
+    with case.precisely():
+        span = case.span(case.exact)
+        for layout in ("one document", "packed", "padded"):
+            segment_ids = LAYOUTS[layout]
+            expected = case.forward(RECURRENT)(span.arrays, span.state, segment_ids)
+            for form in dict.fromkeys(variant.form for variant in case.variants):
+                for lengths in (*SPLITS, DECODE) if form == "chunked" else (THIRDS,):
+                    found = _in_spans(case, Variant(form, CHUNK), span, segment_ids, lengths)
+                    name = f"{case}, {form}, {layout}, spans of {lengths}: "
+                    assert_close(found, expected, TOLERANCES[case.tolerance], name)
+
+
+def _in_spans(case: Case, variant: Variant, span: Span, segment_ids: np.ndarray, lengths: tuple[int, ...]) -> Any:
+    """Span by span. An operator is given a fresh state where a document starts with a span; a layer finds out."""
+    state, outputs = span.state, []
+    fresh, current = case.fresh(span.arrays), np.zeros(len(segment_ids), int)
+    for start, end in spans(lengths):
+        ids = segment_ids[:, start:end]
+        first, last = (np.array([next((i for i in row if i), 0) for row in x]) for x in (ids, ids[:, ::-1]))
+        if not case.finds_starts:
+            starts = (first != 0) & (current != 0) & (first != current)
+            state = jax.tree.map(lambda a, b, s=starts: np.where(_by_row(s, a), a, b), fresh, state)
+        o, state = case.forward(variant)(case.cut(span.arrays, slice(start, end)), state, ids)
+        current = np.where(last != 0, last, current)
+        outputs.append(o)
+    return jnp.concatenate(outputs, axis=1), state
+
+
+def _by_row(rows: np.ndarray, x: Any) -> np.ndarray:
+    return rows.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def check_summary(case: OpCase) -> None:
+    """Law 3. `combine` is associative, and `apply` of a span's summary gives the span's final state."""
+    op = case.op
+    with case.precisely():
+        span = case.span(case.exact)
+        arrays, options = case.dispatched(span.arrays)
+        summarize = jax.jit(lambda arrays, docs: op.summarize(arrays, docs, options))
+        for layout in ("no segment ids", "packed", "padded"):
+            segment_ids = LAYOUTS.get(layout)
+            _, expected = case.forward(RECURRENT)(span.arrays, span.state, segment_ids)
+            parts = []
+            for start, end in spans(THIRDS):
+                docs = None if segment_ids is None else _documents_of_span(segment_ids, start, end)
+                parts.append(summarize(case.cut(arrays, slice(start, end)), docs))
+            a, b, c = parts
+            left = op.combine(op.combine(a, b, options), c, options)
+            right = op.combine(a, op.combine(b, c, options), options)
+            tolerance, name = TOLERANCES[case.tolerance], f"{case}, {layout}: "
+            assert_close(left, right, tolerance, f"{name}combine")
+            assert_close(op.apply(left, span.state, options), expected, tolerance, f"{name}apply")
+            state = span.state
+            for part in parts:
+                state = op.apply(part, state, options)
+            assert_close(state, expected, tolerance, f"{name}apply one by one")
+
+
+def _documents_of_span(segment_ids: np.ndarray, start: int, end: int) -> Documents:
+    """Documents of a span of a row, numbered from that of the last token before the span."""
+    index = np.zeros(segment_ids.shape, np.int32)
+    for document in documents(segment_ids):
+        if not document.first:
+            index[document.row, document.places[0] :] += 1
+    before = index[:, start - 1 : start] if start else 0
+    return Documents(index[:, start:end] - before, segment_ids[:, start:end] != 0)
+
+
+def check_causality(case: Case) -> None:
+    """Law 4. An output neither changes with a later input, to the bit, nor has a gradient by it other than 0."""
+    with case.precisely():
+        span, other = case.span(case.exact), case.span(case.exact, seed=2)
+        packed = span._replace(segment_ids=PACKED)
+        timed = [name for name, x in span.arrays.items() if case.is_timed(name, x)]
+        every, no_state = weights(LENGTH)[0], np.zeros(len(PACKED))
+        for variant in (RECURRENT, *case.variants):
+            reference = case.outcome(variant, packed, every, no_state)
+            for t in range(LENGTH - 1):
+                only_t = np.where(np.arange(LENGTH) == t, every, 0)
+                gradient = case.outcome(variant, packed, only_t, no_state).gradient
+                later = {name: gradient[f"[0]['{name}']"][:, t + 1 :] for name in timed}
+                assert_zero(later, f"{case}, {variant}: gradient of output {t} by later ")
+                changed = dict(span.arrays)
+                for name in timed:
+                    changed[name] = np.concatenate(
+                        [span.arrays[name][:, : t + 1], other.arrays[name][:, t + 1 :]], axis=1
+                    )
+                o = case.outcome(variant, packed._replace(arrays=changed), every, no_state).o
+                what = f"{case}, {variant}: outputs up to {t}, with other inputs after it"
+                assert_equal(o[:, : t + 1], reference.o[:, : t + 1], what)
+
+
+def check_documents(case: Case) -> None:
+    """Law 5. Packed documents equal the same documents run alone: outputs, final state, gradients."""
+    _check_against_alone(case, PACKED, "packed")
+
+
+def check_padding(case: Case) -> None:
+    """Law 8. Padding changes no output of a real token, not the final state, no gradient; its own gradient is 0."""
+    _check_against_alone(case, PADDED, "padded")
+
+
+def _check_against_alone(case: Case, segment_ids: np.ndarray, layout: str) -> None:
+    real = segment_ids != 0
+    output_weights, state_weights = weights(LENGTH)
+    output_weights = output_weights * real
+    with case.precisely():
+        span = case.span(case.exact)._replace(segment_ids=segment_ids)
+        expected = _alone(case, span, output_weights, state_weights)
+        for variant in (RECURRENT, *case.variants):
+            name = f"{case}, {variant}, {layout}: "
+            found = case.outcome(variant, span, output_weights, state_weights)
+            o = np.where(real[..., *[None] * (found.o.ndim - 2)], found.o, 0)
+            _assert_same(found._replace(o=o), expected, case.tolerance, name)
+            by_padding = {path: found.gradient[path][~real] for path in _timed_paths(case, span)}
+            assert_zero(by_padding, f"{name}gradient by padding in ")
+
+
+def _timed_paths(case: Case, span: Span) -> list[str]:
+    return [f"[0]['{name}']" for name, x in span.arrays.items() if case.is_timed(name, x)]
+
+
+def _alone(case: Case, span: Span, output_weights: np.ndarray, state_weights: np.ndarray) -> Outcome:
+    """Each document in a run of its own, by the recurrent form; a row's first one goes on from the incoming state.
+
+    The outputs, states and gradients of these runs, put where they stand in the packed rows; 0 at padding.
+    """
+    fresh, timed = case.fresh(span.arrays), _timed_paths(case, span)
+    o = np.zeros(jax.eval_shape(case.forward(RECURRENT), *span._replace(segment_ids=None))[0].shape)
+    state = jax.tree.map(np.array, span.state)
+    gradient = {path: np.zeros(x.shape) for path, x in floats_of((span.arrays, span.state))[0].items()}
+    # A row of padding alone hands its state through, and the cotangent of it back.
+    empty = ~(span.segment_ids != 0).any(axis=1)
+    handed_back = cotangents(floats_of((o, span.state))[0], state_weights)
+    for path in gradient:
+        if path.startswith("[1]"):
+            gradient[path][empty] = handed_back[path][empty]
+
+    for document in documents(span.segment_ids):
+        row, places = slice(document.row, document.row + 1), document.places
+        start = jax.tree.map(lambda x, row=row: x[row], span.state if document.first else fresh)
+        # A layer's state says which document it belongs to; to an operator a document that is alone needs no id.
+        ids = span.segment_ids[row, places] if case.finds_starts else None
+        own = Span(case.cut(span.arrays, places, row), start, ids)
+        result = case.outcome(RECURRENT, own, output_weights[row, places], state_weights[row] * document.last)
+        o[row, places] = result.o
+        if document.last:
+            jax.tree.map(lambda whole, part, row=row: whole.__setitem__(row, part), state, result.state)
+        for path, part in result.gradient.items():
+            if path in timed:
+                gradient[path][row, places] = part
+            elif path.startswith("[0]"):
+                gradient[path] += part
+            elif document.first:
+                gradient[path][row] = part
+    return Outcome(o, state, gradient)
+
+
+def check_state(case: OpCase) -> None:
+    """Law 9. The state is made like the initial one, in float32, and its bytes don't depend on the number of tokens.
+
+    A state that grows is a cache of inputs and may keep them in their dtype.
+    """
+    for dtype in (FLOAT32, BFLOAT16):
+        sizes = set()
+        for length in (1, LENGTH, 2 * LENGTH):
+            arrays = {
+                name: x if x is None else jax.ShapeDtypeStruct(x.shape, argument_dtype(name, dtype))
+                for name, x in case.arrays(FLOAT32, length, seed=1).items()
+            }
+            fresh = jax.eval_shape(case.fresh, arrays)
+            for variant in (RECURRENT, *case.variants):
+                _, state = jax.eval_shape(lambda a, v=variant: case.call(v, a, None, None), arrays)
+                _assert_state(case, state, fresh, dtype, f"{case}, {variant}, {dtype}, {length} tokens: ")
+                sizes.add(bytes_of(state))
+        assert case.op.state_grows or len(sizes) == 1, f"{case}: the bytes of the state depend on the length: {sizes}"
+
+
+def check_layer_state(case: LayerCase) -> None:
+    """Law 9 for a layer; and a stream that starts from None equals one from `initial_state`."""
+    for dtype in (FLOAT32, BFLOAT16):
+        sizes = set()
+        for length in (1, LENGTH, 2 * LENGTH):
+            arrays = case.arrays(dtype, length, seed=1)
+            fresh = jax.eval_shape(lambda a, n=length: case.fresh(a, n), arrays)
+            for variant in (RECURRENT, *case.variants):
+                _, state = jax.eval_shape(lambda a, v=variant: case.call(v, a, None, None), arrays)
+                _assert_state(case, state, fresh, dtype, f"{case}, {variant}, {dtype}, {length} tokens: ")
+                sizes.add(bytes_of(state))
+        assert case.op.state_grows or len(sizes) == 1, f"{case}: the bytes of the state depend on the length: {sizes}"
+    span, variant = case.span(FLOAT32), case.variants[0]
+    for segment_ids in (None, PACKED):
+        from_none = case.forward(variant)(span.arrays, None, segment_ids)
+        from_initial = case.forward(variant)(span.arrays, case.fresh(span.arrays, LENGTH), segment_ids)
+        assert_close(from_none, from_initial, TOLERANCES["jit"], f"{case}: from None and from initial_state: ")
+
+
+def _assert_state(case: Case, state: Any, fresh: Any, dtype: np.dtype, name: str) -> None:
+    made, expected = (
+        {jax.tree_util.keystr(path): (x.shape, str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (state, fresh)
+    )
+    assert jax.tree.structure(state) == jax.tree.structure(fresh), f"{name}final state {made}, initial {expected}"
+    assert made == expected, f"{name}final state {made}, initial state {expected}"
+    allowed = {FLOAT32, dtype} if case.op.state_grows else {FLOAT32}
+    for path, x in jax.tree.leaves_with_path(state):
+        where = f"{name}state{jax.tree_util.keystr(path)}"
+        assert not is_float(x) or x.dtype in allowed, f"{where} is {x.dtype}"
+
+
+def check_precision(case: Case) -> None:
+    """Law 10. In low precision a form's error is at most a small multiple of the recurrent form's, early and late."""
+    if isinstance(case, OpCase) and case.is_extreme:
+        return
+    chunked, random = Variant("chunked"), weights(LONG)
+    for dtype in case.low_precisions:
+        span = case.span(dtype, LONG)
+        by_recurrent, by_chunks = (case.outcome(variant, span, *random) for variant in (RECURRENT, chunked))
+        with case.precisely():
+            exact = Span(_exact(case, span.arrays), _exact(case, span.state), None)
+            truth = case.outcome(RECURRENT, exact, *random)
+        recurrent_error = _errors(by_recurrent, truth)
+        for what, error in _errors(by_chunks, truth).items():
+            bound = PRECISION_MULTIPLE * recurrent_error[what] + precision_floor(dtype)
+            assert error <= bound, (
+                f"{case}, chunked, {dtype}: the error of {what} is {error:.1e}, that of the recurrent form "
+                f"{recurrent_error[what]:.1e}; expected at most {bound:.1e}"
+            )
+
+
+def _exact(case: Case, tree: Any) -> Any:
+    return cast(tree, case.exact)
+
+
+def _errors(found: Outcome, truth: Outcome) -> dict[str, float]:
+    """Relative errors: of the outputs by time decile, of each part of the final state, of each gradient."""
+    length = truth.o.shape[1]
+    pairs = {}
+    for decile in range(10):
+        part = slice(decile * length // 10, (decile + 1) * length // 10)
+        pairs[f"outputs in decile {decile}"] = found.o[:, part], truth.o[:, part]
+    states = zip(jax.tree.leaves_with_path(found.state), jax.tree.leaves(truth.state))
+    pairs |= {f"state{jax.tree_util.keystr(path)}": (have, want) for (path, have), want in states}
+    pairs |= {f"gradient{path}": (found.gradient[path], want) for path, want in truth.gradient.items()}
+    floats = {what: tuple(np.asarray(x, np.float64) for x in pair) for what, pair in pairs.items()}
+    return {what: np.abs(have - want).max() / (np.abs(want).max() or 1) for what, (have, want) in floats.items()}
+
+
+def check_extremes(case: OpCase) -> None:
+    """Law 11. Finite, and equal to the recurrent form in float64, at extreme gates and scores, in float32.
+
+    Spans of 1, C - 1, C and 3 C + 5 tokens; in one document, and in one for each token.
+    """
+    if not case.is_extreme:
+        return
+    whole = case.span(FLOAT32)
+    for length in (1, CHUNK - 1, CHUNK, 3 * CHUNK + 5):
+        arrays, random = case.cut(whole.arrays, slice(length)), weights(length)
+        for layout in ("one document", "a document per token"):
+            span = Span(arrays, whole.state, LAYOUTS[layout][:, :length])
+            with case.precisely():
+                exact = span._replace(arrays=_exact(case, arrays), state=_exact(case, whole.state))
+                expected = case.outcome(RECURRENT, exact, *random)
+            for form in case.op.forms:
+                found = case.outcome(Variant(form, CHUNK), span, *random)
+                _assert_same(found, expected, "extreme", f"{case}, {form}, {length} tokens, {layout}: ")
+
+
+def check_jit(case: Case) -> None:
+    """Law 12. Compiled as one program, and run operation by operation: the same."""
+    span = case.span(FLOAT32)
+    for form in dict.fromkeys(variant.form for variant in case.variants):
+        variant = Variant(form, CHUNK)
+        compiled = case.forward(variant)(span.arrays, span.state, PACKED)
+        eager = case.call(variant, *jax.tree.map(jnp.asarray, span._replace(segment_ids=PACKED)))
+        assert_close(eager, compiled, TOLERANCES["jit"], f"{case}, {variant}: ")
+
+
+# Kernels (law 6) and meshes (law 7) have suites of their own.
+OP_LAWS: dict[str, Callable[[OpCase], None]] = {
+    "forms": check_forms,
+    "split": check_split,
+    "summary": check_summary,
+    "causality": check_causality,
+    "documents": check_documents,
+    "padding": check_padding,
+    "state": check_state,
+    "precision": check_precision,
+    "extremes": check_extremes,
+    "jit": check_jit,
+}
+LAYER_LAWS: dict[str, Callable[[LayerCase], None]] = {
+    "forms": check_forms,
+    "split": check_split,
+    "causality": check_causality,
+    "documents": check_documents,
+    "padding": check_padding,
+    "state": check_layer_state,
+    "precision": check_precision,
+    "jit": check_jit,
+}
