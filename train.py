@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Before NumPy is loaded: with several threads, small linear algebra on the CPU is a hundred times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -19,6 +20,7 @@ import jax
 from seqmodels import config
 from seqmodels.constructors import register_constructors
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART, run_main
+from seqmodels.evaluation.generation import Sampling, encode_prompt, generate, until_separator
 from seqmodels.models.accounting import flops_per_token, parameter_count
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training import (
@@ -171,7 +173,25 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     rows = read_metrics(run.metrics)
     run.mark_finished(step, rows[-1] if rows else {})
     say(f"finished: step {step}, checkpoint and metrics are in {run.path}")
+    if job.sample_tokens and data.tokenizer:
+        write_sample(job, state.params)
     return EXIT_DONE
+
+
+def write_sample(job: TrainingJob, params: Any) -> None:
+    """Let the person see what the model has learnt."""
+    tokenizer = job.data.tokenizer
+    prompt = encode_prompt(tokenizer, job.sample_prompt)
+    rows = generate(
+        job.model,
+        params,
+        [prompt],
+        max_tokens=job.sample_tokens,
+        sampling=Sampling(0.8, top_p=0.95),
+        seed=job.seed,
+    )
+    text = tokenizer.decode(until_separator((int(row[0]) for row in rows), tokenizer))
+    say(f"a sample:\n\n{job.sample_prompt}{text}\n")
 
 
 def prepare_jax() -> None:

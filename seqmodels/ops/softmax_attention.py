@@ -186,7 +186,7 @@ def _grouped(q: Array, key_heads: int) -> Array:
 
 
 def _attend(q: Array, k: Array, v: Array, seen: Array, options: Options) -> Array:
-    """Equation (1) for q [b, t, h, k], k [b, j, hk, k], v [b, j, hk, v]; seen [b, t, j]: what each query sees.
+    """Equation (1) for q [b, t, h, k], k [b, j, hk, k], v [b, j, hk, v]; seen [b, t, j]: what a query sees.
 
     In float64 for float64 inputs, which `jax.nn.dot_product_attention` is not.
     """

@@ -452,6 +452,8 @@ FULL_DISK = """
         if fill == "limit":
             import resource
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+        elif fill == "readonly":
+            assert os.system(f"mount -o remount,ro {folder}") == 0
         try:
             checkpointer.save(4, random_state(4, 8))
             if then == "save":
@@ -479,16 +481,21 @@ def tiny_disk(folder):
 
 
 @pytest.mark.parametrize(
-    ("fill", "then"), [("disk", "save"), ("disk", "wait"), ("disk", "close"), ("limit", "save")]
+    ("fill", "then"),
+    [("disk", "save"), ("disk", "wait"), ("disk", "close"), ("limit", "save"), ("readonly", "save")],
 )
-def test_a_full_disk_is_told_and_leaves_the_checkpoint_before_it(tmp_path, fill, then):
+def test_a_disk_that_is_full_or_read_only_is_told_and_the_checkpoint_before_it_stays(tmp_path, fill, then):
     prefix = []
-    if fill == "disk":
+    if fill != "limit":
         prefix = tiny_disk(tmp_path / "disk")
         if subprocess.run([*prefix, "true"], capture_output=True).returncode:
             pytest.skip("no small disk can be mounted here; the limit on file sizes is tested instead")
     done = run(FULL_DISK, tmp_path / "disk", fill, then, prefix=prefix)
-    reason = {"disk": "No space left on device", "limit": "File too large"}[fill]
+    reason = {
+        "disk": "No space left on device",
+        "limit": "File too large",
+        "readonly": "Read-only file system",
+    }[fill]
     assert done.stderr == (
         f"error: cannot write a checkpoint into {tmp_path / 'disk'}: {reason}; that of step 2 is intact\n"
     )

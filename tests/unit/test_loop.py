@@ -287,7 +287,33 @@ def test_cpu_processes_wait_for_each_other_every_step(monkeypatch):
     assert loop_module._steps_in_flight() == 0
 
 
-# The guard against nan
+# The guard against NaN
+
+
+@pytest.mark.parametrize("due", ["save", "evaluation"])
+def test_what_the_device_has_not_finished_is_neither_saved_nor_evaluated(slow_step, due):
+    """Step 2 is not finite, and still being worked on when it is to be saved or evaluated."""
+    step, state, results = slow_step
+    batches = MQAR(vocab_size=VOCABULARY, num_kv_pairs=2).train_batches(BATCH, LENGTH, seed=0)
+    evaluated = []
+
+    def poisoned(state, batch):
+        if len(results) == 1:
+            batch |= {"weights": batch["weights"].at[0].set(np.inf)}
+        return step(state, batch)
+
+    def evaluate(_):
+        evaluated.append(len(results))
+        return {}
+
+    silent = Silent(every=2 if due == "save" else None)
+    with pytest.raises(NonFiniteError, match="step 2: "):
+        loop_module.training_loop(
+            state, batches, start=0, steps=8, train_step=poisoned, evaluate=evaluate,
+            eval_every=2 if due == "evaluation" else None,
+            checkpointer=silent, report=silent, mesh=make_mesh(),
+        )  # fmt: skip
+    assert len(results) == 2 and silent.told == [1] and silent.saved == [1] and not evaluated
 
 
 def test_a_run_that_blows_up_stops_with_step_batch_and_gradients_named(tmp_path):

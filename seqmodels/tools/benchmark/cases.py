@@ -1,0 +1,109 @@
+"""What is measured: operators with their inputs.
+
+Inputs are float32 from NumPy, so that every library is given the same numbers. Queries and keys are normal, decays
+are mild (a weight of exp(g) near 1), as in a model at the start of training.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Workload(NamedTuple):
+    """One operator on inputs of one size. dtype: "float32" or "bfloat16"; decays stay in float32."""
+
+    op: str
+    case: str
+    batch: int
+    length: int
+    heads: int = 8
+    key_dim: int = 64
+    value_dim: int = 64
+    dtype: str = "float32"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+class Inputs(NamedTuple):
+    """Arrays by argument name, options of the operator, and a cotangent for its output."""
+
+    arrays: dict[str, np.ndarray]
+    options: dict[str, Any]
+    cotangent: np.ndarray
+
+
+def inputs(workload: Workload) -> Inputs:
+    """The numbers of a workload; equal for equal workloads."""
+    return CASES[workload.op][workload.case](workload, np.random.default_rng(0))
+
+
+Random = np.random.Generator
+
+
+def _heads(workload: Workload, random: Random) -> dict[str, np.ndarray]:
+    """q, k and v, [batch, time, heads, channels]."""
+    dims = {"q": workload.key_dim, "k": workload.key_dim, "v": workload.value_dim}
+    shape = (workload.batch, workload.length, workload.heads)
+    return {name: random.standard_normal((*shape, dim), np.float32) for name, dim in dims.items()}
+
+
+def _attention(options: dict[str, Any] | None = None) -> Callable[[Workload, Random], Inputs]:
+    """Attention without decay. The cotangent is random, as the one that a loss sends back."""
+
+    def make(workload: Workload, random: Random) -> Inputs:
+        arrays = _heads(workload, random)
+        return Inputs(arrays, options or {}, random.standard_normal(arrays["v"].shape, np.float32))
+
+    return make
+
+
+def _normalized(workload: Workload, random: Random) -> Inputs:
+    """With the feature map elu(x) + 1, so that the normaliser is positive."""
+    arrays, _, cotangent = _attention()(workload, random)
+    positive = {name: np.where(arrays[name] > 0, arrays[name] + 1, np.exp(arrays[name])) for name in "qk"}
+    return Inputs({**arrays, **positive}, {"normalize": True}, cotangent)
+
+
+def _with_decay(shape: Callable[[Workload], tuple[int, ...]]) -> Callable[[Workload, Random], Inputs]:
+    """A log decay of log(sigmoid(x)) / 16 with x normal, as gated linear attention starts with."""
+
+    def make(workload: Workload, random: Random) -> Inputs:
+        arrays, options, cotangent = _attention()(workload, random)
+        g = -np.logaddexp(0, -random.standard_normal(shape(workload), np.float32)) / 16
+        return Inputs({**arrays, "g": g}, options, cotangent)
+
+    return make
+
+
+def _decay_per_head(workload: Workload, random: Random) -> Inputs:
+    """The fixed slopes of lightning attention: 2^(-8 (h + 1) / heads)."""
+    arrays, options, cotangent = _attention()(workload, random)
+    slopes = 2.0 ** (-8 * (np.arange(workload.heads) + 1) / workload.heads)
+    return Inputs({**arrays, "g": -slopes.astype(np.float32)}, options, cotangent)
+
+
+def _convolution(workload: Workload, random: Random) -> Inputs:
+    channels = workload.heads * workload.value_dim
+    shape = (workload.batch, workload.length, channels)
+    x, cotangent = (random.standard_normal(shape, np.float32) for _ in range(2))
+    arrays = {"x": x, "kernel": random.standard_normal((4, channels), np.float32), "bias": np.zeros(channels, np.float32)}
+    return Inputs(arrays, {}, cotangent)
+
+
+CASES: dict[str, dict[str, Callable[[Workload, Random], Inputs]]] = {
+    "linear_attention": {
+        "none": _attention(),
+        "normalized": _normalized,
+        "head": _decay_per_head,
+        "scalar": _with_decay(lambda w: (w.batch, w.length, w.heads)),
+        "channel": _with_decay(lambda w: (w.batch, w.length, w.heads, w.key_dim)),
+    },
+    "softmax_attention": {
+        "causal": _attention(),
+        "window": _attention({"window": 512}),
+    },
+    "short_conv": {"width 4": _convolution},
+}

@@ -1,0 +1,278 @@
+"""One measured program in a process of its own, so that its threads, its memory and its libraries are its own.
+
+The parent writes one `Task`, and the worker answers with `Ready` or `Skipped`; then each line that the parent writes
+is answered with a `Run`, until the parent closes the pipe. Messages are pickles on standard input and output.
+"""
+
+import contextlib
+import ctypes
+import gc
+import math
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from seqmodels.errors import InputError
+from seqmodels.tools.benchmark.cases import Inputs, Workload, inputs
+from seqmodels.tools.benchmark.peers import peers
+
+SHORTEST_RUN = 0.1  # CPU seconds; shorter calls are repeated within a run
+MEMORY_SHARE = 0.8  # of the machine's memory: the most that a program may ask for
+
+
+class Subject(NamedTuple):
+    """Whose program is measured: a peer's, by name, or with None ours in a form and with a chunk size."""
+
+    peer: str | None = None
+    form: str = "chunked"
+    chunk_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.peer or self.form + (f" {self.chunk_size}" if self.chunk_size else "")
+
+
+class Task(NamedTuple):
+    """What a worker measures. limit: CPU seconds that one call may take; None does not predict.
+    values: whether the outputs (and gradients) are sent back."""
+
+    subject: Subject
+    workload: Workload
+    backward: bool
+    threads: int
+    limit: float | None
+    values: bool
+
+
+class Ready(NamedTuple):
+    """A program that has run once.
+
+    compile_seconds  CPU time of tracing and compiling; None where nothing is compiled
+    temporary_bytes  what XLA plans to use beside inputs and outputs; None without XLA
+    peak_bytes       growth of the resident memory during the first call, inputs apart; None where /proc is missing
+    values           "o", and with backward "dq", ... as float32; empty unless they were asked for
+    """
+
+    compile_seconds: float | None
+    temporary_bytes: int | None
+    peak_bytes: int | None
+    values: Mapping[str, np.ndarray]
+
+
+class Skipped(NamedTuple):
+    """A program that is not measured, and why. input_error: the person who asked has to change something."""
+
+    reason: str
+    input_error: bool = False
+    traceback: str | None = None
+
+
+class Run(NamedTuple):
+    """Seconds for one call."""
+
+    cpu: float
+    wall: float
+
+
+class Program(NamedTuple):
+    """`call` does the whole work and returns the values; the rest as in `Ready`."""
+
+    call: Callable[[], dict[str, Any]]
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The environment in which a worker keeps to so many threads, and to the CPU."""
+    count = str(threads)
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "NPROC": count,  # size of XLA's thread pool
+        "XLA_FLAGS": f"{flags} --xla_cpu_multi_thread_eigen={'false' if threads == 1 else 'true'}".strip(),
+        "OMP_NUM_THREADS": count,
+        "OPENBLAS_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+    }
+
+
+def main() -> None:
+    # Libraries print; only answers may reach the parent.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    task: Task = pickle.load(sys.stdin.buffer)
+    try:
+        program, ready = _prepare(task)
+    except _Skip as skip:
+        return _answer(answers, Skipped(str(skip)))
+    except InputError as error:
+        return _answer(answers, Skipped(str(error), input_error=True))
+    except Exception as error:
+        # Whatever a library raises is an answer: the parent says it and measures the others.
+        return _answer(answers, Skipped(_one_line(error), traceback=traceback.format_exc()))
+    _answer(answers, ready)
+    calls = 1
+    while sys.stdin.buffer.readline():
+        run = _timed(program.call, calls)
+        if run.cpu * calls < SHORTEST_RUN:
+            calls = math.ceil(SHORTEST_RUN / max(run.cpu, 1e-6))
+            run = _timed(program.call, calls)
+        _answer(answers, run)
+
+
+class _Skip(Exception):
+    """The program is not worth running, or cannot be."""
+
+
+def _answer(pipe: BinaryIO, answer: Ready | Skipped | Run) -> None:
+    pickle.dump(answer, pipe)
+    pipe.flush()
+
+
+def _one_line(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}".strip()
+    return text.splitlines()[0][:200]
+
+
+def _prepare(task: Task) -> tuple[Program, Ready]:
+    if task.limit is not None:
+        _check_prediction(task)
+    program = _program(task, task.workload)
+    before = _resident_bytes()
+    values = program.call()
+    peak = None if before is None else _peak_bytes() - before
+    sent = {name: np.asarray(x, np.float32) for name, x in values.items()} if task.values else {}
+    return program, Ready(program.compile_seconds, program.temporary_bytes, peak, sent)
+
+
+def _check_prediction(task: Task) -> None:
+    """Run a sixteenth and a quarter of the length, and skip what would take too long.
+
+    Another factor of 4 in length costs at least a factor of 4 in time, or as much as the last one did: what is
+    quadratic in the length, or worse, shows by then.
+    """
+    length, seconds, growth = task.workload.length, [], 4.0
+    for part in (length // 16, length // 4):
+        if part < 64:
+            return
+        call = _program(task, task.workload._replace(length=part)).call
+        call()
+        seconds.append(_timed(call, 1).cpu)
+        if len(seconds) == 2:
+            growth = max(growth, seconds[1] / seconds[0])
+        predicted = seconds[-1] * growth ** math.log(length / part, 4)
+        if predicted > task.limit:
+            raise _Skip(f"predicted {predicted:.0f} CPU s per call, over the limit of {task.limit:g}")
+
+
+def _program(task: Task, workload: Workload) -> Program:
+    given = inputs(workload)
+    if task.subject.peer is None:
+        return _jax_program(_our_function(task.subject, workload, given), given, task)
+    (peer,) = (p for p in peers(workload.op, workload.case) if p.name == task.subject.peer)
+    try:
+        function = peer.load(given)
+    except ImportError as error:
+        raise _Skip(f"not installed: {_one_line(error)}") from error
+    make = {"torch": _torch_program, "jax": _jax_program}[peer.framework]
+    return make(function, given, task)
+
+
+def _our_function(subject: Subject, workload: Workload, given: Inputs) -> Callable[..., Any]:
+    from seqmodels.registry import ops
+
+    call = ops()[workload.op].call
+    how = {**given.options, "form": subject.form, "chunk_size": subject.chunk_size}
+    return lambda **arrays: call(**arrays, **how)[0]
+
+
+def _jax_program(function: Callable[..., Any], given: Inputs, task: Task) -> Program:
+    import jax
+    import jax.numpy as jnp
+
+    def put(name: str, x: np.ndarray) -> jax.Array:
+        return jnp.asarray(x, "float32" if name == "g" else task.workload.dtype)
+
+    arrays = {name: put(name, x) for name, x in given.arrays.items()}
+    cotangent = put("o", given.cotangent)
+
+    def forward(arrays: dict[str, jax.Array], cotangent: jax.Array) -> dict[str, jax.Array]:
+        return {"o": function(**arrays)}
+
+    def both(arrays: dict[str, jax.Array], cotangent: jax.Array) -> dict[str, jax.Array]:
+        o, pull_back = jax.vjp(lambda arrays: function(**arrays), arrays)
+        return {"o": o, **{f"d{name}": x for name, x in pull_back(cotangent)[0].items()}}
+
+    start = time.process_time()
+    compiled = jax.jit(both if task.backward else forward).lower(arrays, cotangent).compile()
+    seconds = time.process_time() - start
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    most = MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if temporary > most:
+        raise _Skip(f"needs {temporary / 2**30:.0f} GiB of memory, over the {most / 2**30:.0f} that it may use here")
+    return Program(lambda: jax.block_until_ready(compiled(arrays, cotangent)), seconds, temporary)
+
+
+def _torch_program(function: Callable[..., Any], given: Inputs, task: Task) -> Program:
+    import torch
+
+    torch.set_num_threads(task.threads)
+
+    def put(name: str, x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x).to(torch.float32 if name == "g" else getattr(torch, task.workload.dtype))
+
+    arrays = {name: put(name, x).requires_grad_(task.backward) for name, x in given.arrays.items()}
+    cotangent = put("o", given.cotangent)
+
+    def forward() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {"o": function(**arrays).float()}
+
+    def both() -> dict[str, torch.Tensor]:
+        o = function(**arrays)
+        grads = torch.autograd.grad(o, list(arrays.values()), cotangent, allow_unused=True)
+        found = {f"d{name}": x.float() for name, x in zip(arrays, grads) if x is not None}
+        return {"o": o.detach().float(), **found}
+
+    return Program(both if task.backward else forward)
+
+
+def _timed(call: Callable[[], Any], calls: int) -> Run:
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        call()
+    return Run((time.process_time() - cpu) / calls, (time.perf_counter() - wall) / calls)
+
+
+def _resident_bytes() -> int | None:
+    """Resident memory now, and the start of a new peak. What was freed goes back to the system first, where it can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux
+        return None
+    return _status("VmRSS")
+
+
+def _peak_bytes() -> int:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
