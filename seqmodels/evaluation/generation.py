@@ -32,7 +32,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}; expected 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}; expected at least 1")
@@ -62,7 +62,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> Iterator[np.ndarray]:
     """Continue every prompt by `max_tokens` tokens; yields them as they come, int32 [number of prompts] each time.

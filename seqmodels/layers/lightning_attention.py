@@ -26,7 +26,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def lightning_decay(num_heads: int, layer_index: int | Array, n_layers: int) -> Float[Array, " h"]:
-    """-slope_h (1 - l / (L - 1) + 1e-5): the deeper the layer, the longer its memory. One layer alone has l / (L - 1) = 0."""
+    """-slope_h (1 - l / (L - 1) + 1e-5): the deeper the layer, the longer its memory. With L = 1 the ratio is 0."""
     depth = layer_index / max(n_layers - 1, 1)
     return -jnp.array(alibi_slopes(num_heads), jnp.float32) * (1 - depth + 1e-5)
 

@@ -1,12 +1,12 @@
 """Feature maps phi for linear attention: q and k become phi(q) and phi(k), and q.k becomes phi(q).phi(k).
 
-    name       phi(x)                                               features of d   source
-    identity   x                                                    d
-    elu+1      x + 1 where x > 0, exp(x) elsewhere                  d               Katharopoulos et al. 2020, 2006.16236
-    relu       max(x, 0)                                            d
-    softmax    softmax over the channels                            d               Shen et al. 2018, 1812.01243
-    taylor     [1, x / d^(1/4), x_i x_j / sqrt(2 d)]                1 + d + d^2     Arora et al. 2024, 2402.18668
-    dpfp       r * roll(r, 1), r = [relu(x), relu(-x)]              2 d             Schlag et al. 2021, 2102.11174
+    name       phi(x)                                    features of d   source
+    identity   x                                         d
+    elu+1      x + 1 where x > 0, exp(x) elsewhere       d               Katharopoulos et al. 2020, 2006.16236
+    relu       max(x, 0)                                 d
+    softmax    softmax over the channels                 d               Shen et al. 2018, 1812.01243
+    taylor     [1, x / d^(1/4), x_i x_j / sqrt(2 d)]     1 + d + d^2     Arora et al. 2024, 2402.18668
+    dpfp       r * roll(r, 1), r = [relu(x), relu(-x)]   2 d             Schlag et al. 2021, 2102.11174
 
 Maps act on the last axis in the dtype of their input. All but `identity` and `taylor` are non-negative; the product of
 two Taylor features is 1 + s + s^2 / 2 >= 1/2 with s = q.k / sqrt(d). Only with such maps can attention be normalised:

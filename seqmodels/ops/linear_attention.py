@@ -4,11 +4,11 @@
     o_t = scale q_t S_t                                                                                           (2)
     z_t = diag(exp(g_t)) z_{t-1} + k_t;   o_t = q_t S_t / (q_t z_t + 1e-6)      with normalize=True                (3)
 
-    g             mixer                                                                              source
-    None          linear attention (q, k after a feature map)      Katharopoulos et al. 2020, arXiv 2006.16236
-    [h]           retention, lightning attention                   Sun et al. 2023, 2307.08621; Qin et al. 2024, 2401.04658
-    [b, t, h]     simple GLA, Mamba-2                              Dao, Gu 2024, arXiv 2405.21060
-    [b, t, h, k]  gated linear attention                           Yang et al. 2023, arXiv 2312.06635
+    g             mixer                                   source
+    None          linear attention, after a feature map   Katharopoulos et al. 2020, 2006.16236
+    [h]           retention; lightning attention          Sun et al. 2023, 2307.08621; Qin et al. 2024, 2401.04658
+    [b, t, h]     simple GLA, Mamba-2                     Dao, Gu 2024, 2405.21060
+    [b, t, h, k]  gated linear attention                  Yang et al. 2023, 2312.06635
 
     code    symbol   shape            range, dtype
     q, k    q, k     [b, t, h, k]     any float

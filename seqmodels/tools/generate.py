@@ -94,9 +94,9 @@ def _read_prompts(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        return [line for line in path.read_text().splitlines() if line]
-    except OSError as error:
-        raise InputError(f"--prompts {path} cannot be read: {error.strerror}") from error
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path} cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

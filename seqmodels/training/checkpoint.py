@@ -133,9 +133,13 @@ class Checkpointer:
                     if _TEMPORARY in leftover.name:
                         leftover.rmtree()
             _barrier("seqmodels_checkpoint_open")
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=False,
+                # Made in the background, folders that cannot be made leave threads that wait for them for minutes.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise InputError(
                 f"cannot use {directory} for checkpoints: {error.strerror or error}; "

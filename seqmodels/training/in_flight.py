@@ -1,7 +1,7 @@
 """Steps that were handed to the device and whose numbers have not been looked at yet.
 
-The loop hands over a step, then asks what has finished meanwhile, and so never waits in order to log. It
-waits only when the device is `limit` steps behind, which bounds the memory that queued batches take.
+The loop hands over a step, then asks what has finished meanwhile, and so never waits in order to log. It waits
+for one thing, that the device is no more than `limit` steps behind: this bounds the memory of queued batches.
 """
 
 from collections import deque
@@ -47,15 +47,18 @@ class StepsInFlight:
             array.copy_to_host_async()
         self._queue.append((step, result, data_position))
 
+    def wait_for_room(self) -> None:
+        """Wait until no more than `limit` steps are unfinished."""
+        if len(self._queue) > self._limit:
+            jax.block_until_ready(self._queue[-1 - self._limit][1])
+
     def finished(self) -> Iterator[FinishedStep]:
-        """Steps that have finished, oldest first; waits for the oldest only while more than `limit` are
-        queued."""
-        while self._queue and (len(self._queue) > self._limit or _is_ready(self._queue[0][1])):
+        """Steps that have finished, oldest first, without waiting for any."""
+        while self._queue and _is_ready(self._queue[0][1]):
             yield self._take()
 
     def drain(self) -> Iterator[FinishedStep]:
-        """All queued steps, oldest first, waiting for them. When this ends, the current state is known to be
-        good."""
+        """All steps, oldest first, waiting for them. After that the current state is known to be finite."""
         while self._queue:
             yield self._take()
 

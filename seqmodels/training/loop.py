@@ -78,7 +78,9 @@ def training_loop(
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, result = train_step(state, batch)
             in_flight.add(step, result, data_position)
-            with jax.profiler.TraceAnnotation("look at finished steps"):
+            with jax.profiler.TraceAnnotation("wait for room"):
+                in_flight.wait_for_room()
+            with jax.profiler.TraceAnnotation("log"):
                 for done in in_flight.finished():
                     report.step(done.step, done.metrics)
             profiler.after(step, look_at_everything)

@@ -265,8 +265,11 @@ class LayerCase(Case):
 
     def arrays(self, dtype: np.dtype, length: int, seed: int) -> Inputs:
         x = jax.random.normal(jax.random.key(seed), (BATCH, length, LAYER_WIDTH))
-        variables = jax.jit(self.layer().init)(jax.random.key(0), x[:, :1])
-        return {"x": cast(x, dtype), "variables": cast(variables, FLOAT32)}
+        return {"x": cast(x, dtype), "variables": self.variables}
+
+    @functools.cached_property
+    def variables(self) -> dict[str, Any]:
+        return cast(jax.jit(self.layer().init)(jax.random.key(0), jnp.zeros((1, 1, LAYER_WIDTH))), FLOAT32)
 
     def fresh(self, arrays: Inputs, capacity: int = TOKENS_BEFORE + LENGTH) -> State:
         x = arrays["x"]

@@ -13,8 +13,9 @@ from seqmodels.errors import run_main
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS, CHECKPOINT_EVERY = 40, 4
+SHORT = ("--gin.train.steps=4", "--gin.train.checkpoint_every=2")
 
-# Small, but nothing is left out: text data, dropout-free model, evaluation, checkpoints, a row for every step.
+# Text data, a layer, evaluations, checkpoints, and a row of metrics for every step.
 TINY = """
 train.model = @LanguageModel()
 LanguageModel.vocab_size = 258

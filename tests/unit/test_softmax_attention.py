@@ -84,7 +84,7 @@ def test_a_window_of_one_returns_the_values():
     assert_same(attention(q, k, v, window=1)[0], jnp.repeat(v, 2, axis=2))
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ["full", "window and sinks"])
 def test_forms_agree_on_every_gradient(mask):
     """With documents, padding and a state; also through the final state."""
     q, k, v = inputs()
@@ -109,7 +109,7 @@ def test_forms_agree_on_every_gradient(mask):
         assert_close(run(q, k, v, state.k, state.v, form), recurrent)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ["full", "window and sinks"])
 def test_split_anywhere_equals_whole(mask):
     q, k, v = inputs()
     ids = jnp.asarray(SEGMENTS)
@@ -126,7 +126,7 @@ def test_split_anywhere_equals_whole(mask):
         assert_same(state, end)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ["full", "window and sinks"])
 def test_prefill_then_decode_in_one_compiled_loop(mask):
     q, k, v = inputs()
     expected, end = attention(q, k, v, **MASKS[mask])
@@ -153,7 +153,7 @@ def test_window_cache_holds_sinks_and_the_last_tokens():
     assert_same(cache.k[0], inputs()[1][0][cache.position[0]])
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ["full", "window and sinks"])
 def test_summaries_give_the_final_state_and_combine_associatively(mask):
     _, k, v = inputs()
     options = MASKS[mask]

@@ -1,7 +1,7 @@
 """How fast the operators run on this machine's CPU, as ratios of what was measured side by side.
 
     cases       what is measured: operators, their inputs, the peers in other libraries
-    worker      one measured program in a process of its own
+    worker      one measured program in a process of its own (messages: what it is told and answers)
     compare     workers side by side: values first, then CPU time in alternating order
     report      tables and JSON
     __main__    the command line

@@ -89,7 +89,11 @@ def _convolution(workload: Workload, random: Random) -> Inputs:
     channels = workload.heads * workload.value_dim
     shape = (workload.batch, workload.length, channels)
     x, cotangent = (random.standard_normal(shape, np.float32) for _ in range(2))
-    arrays = {"x": x, "kernel": random.standard_normal((4, channels), np.float32), "bias": np.zeros(channels, np.float32)}
+    arrays = {
+        "x": x,
+        "kernel": random.standard_normal((4, channels), np.float32),
+        "bias": np.zeros(channels, np.float32),
+    }
     return Inputs(arrays, {}, cotangent)
 
 
@@ -105,5 +109,5 @@ CASES: dict[str, dict[str, Callable[[Workload, Random], Inputs]]] = {
         "causal": _attention(),
         "window": _attention({"window": 512}),
     },
-    "short_conv": {"width 4": _convolution},
+    "short_conv": {"width_4": _convolution},
 }

@@ -74,7 +74,12 @@ def _minimax_lightning(inputs: Inputs) -> Callable[..., Any]:
             return x.new_full((), torch.inf)
 
     heads, dim = inputs.arrays["q"].shape[2:]
-    sizes = {"hidden_size": heads * dim, "head_dim": dim, "num_attention_heads": heads, "num_key_value_heads": heads}
+    sizes = {
+        "hidden_size": heads * dim,
+        "head_dim": dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
     module = MiniMaxLightningAttention(MiniMaxConfig(**sizes, num_hidden_layers=2), layer_idx=0)
     module.slope_rate = torch.from_numpy(-inputs.arrays["g"])[:, None, None]
     module.query_decay, module.key_decay, module.diagonal_decay = module.decay_factors(module.slope_rate)
@@ -108,9 +113,21 @@ def _jax_attention(inputs: Inputs) -> Callable[..., Any]:
 
 PEERS: tuple[Peer, ...] = (
     Peer("linear_attention", ("none", "normalized"), "fla naive_chunk_linear_attn", "torch", _fla_chunk_linear),
-    Peer("linear_attention", ("none", "normalized"), "fla naive_recurrent_linear_attn", "torch", _fla_recurrent_linear),
+    Peer(
+        "linear_attention",
+        ("none", "normalized"),
+        "fla naive_recurrent_linear_attn",
+        "torch",
+        _fla_recurrent_linear,
+    ),
     Peer("linear_attention", ("head", "scalar"), "fla naive_chunk_simple_gla", "torch", _fla_chunk_scalar),
-    Peer("linear_attention", ("head", "scalar"), "fla naive_recurrent_simple_gla", "torch", _fla_recurrent_scalar),
+    Peer(
+        "linear_attention",
+        ("head", "scalar"),
+        "fla naive_recurrent_simple_gla",
+        "torch",
+        _fla_recurrent_scalar,
+    ),
     Peer("linear_attention", ("head",), "transformers MiniMaxLightningAttention", "torch", _minimax_lightning),
     Peer("linear_attention", ("channel",), "fla naive_recurrent_gla", "torch", _fla_recurrent_channel),
     Peer("softmax_attention", ("causal",), "torch scaled_dot_product_attention", "torch", _torch_attention),

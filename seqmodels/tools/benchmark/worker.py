@@ -1,7 +1,8 @@
 """One measured program in a process of its own, so that its threads, its memory and its libraries are its own.
 
 The parent writes one `Task`, and the worker answers with `Ready` or `Skipped`; then each line that the parent writes
-is answered with a `Run`, until the parent closes the pipe. Messages are pickles on standard input and output.
+is answered with a `Run`, until the parent closes the pipe. Messages (messages.py) are pickles on standard
+input and output.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,88 +22,20 @@ import numpy as np
 
 from seqmodels.errors import InputError
 from seqmodels.tools.benchmark.cases import Inputs, Workload, inputs
+from seqmodels.tools.benchmark.messages import Ready, Run, Skipped, Subject, Task
 from seqmodels.tools.benchmark.peers import peers
 
 SHORTEST_RUN = 0.1  # CPU seconds; shorter calls are repeated within a run
 MEMORY_SHARE = 0.8  # of the machine's memory: the most that a program may ask for
 
 
-class Subject(NamedTuple):
-    """Whose program is measured: a peer's, by name, or with None ours in a form and with a chunk size."""
-
-    peer: str | None = None
-    form: str = "chunked"
-    chunk_size: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.peer or self.form + (f" {self.chunk_size}" if self.chunk_size else "")
-
-
-class Task(NamedTuple):
-    """What a worker measures. limit: CPU seconds that one call may take; None does not predict.
-    values: whether the outputs (and gradients) are sent back."""
-
-    subject: Subject
-    workload: Workload
-    backward: bool
-    threads: int
-    limit: float | None
-    values: bool
-
-
-class Ready(NamedTuple):
-    """A program that has run once.
-
-    compile_seconds  CPU time of tracing and compiling; None where nothing is compiled
-    temporary_bytes  what XLA plans to use beside inputs and outputs; None without XLA
-    peak_bytes       growth of the resident memory during the first call, inputs apart; None where /proc is missing
-    values           "o", and with backward "dq", ... as float32; empty unless they were asked for
-    """
-
-    compile_seconds: float | None
-    temporary_bytes: int | None
-    peak_bytes: int | None
-    values: Mapping[str, np.ndarray]
-
-
-class Skipped(NamedTuple):
-    """A program that is not measured, and why. input_error: the person who asked has to change something."""
-
-    reason: str
-    input_error: bool = False
-    traceback: str | None = None
-
-
-class Run(NamedTuple):
-    """Seconds for one call."""
-
-    cpu: float
-    wall: float
-
-
 class Program(NamedTuple):
-    """`call` does the whole work and returns the values; the rest as in `Ready`."""
+    """`call` does the whole work and returns the values, `to_numpy` turns one into float32; the rest as in `Ready`."""
 
     call: Callable[[], dict[str, Any]]
+    to_numpy: Callable[[Any], np.ndarray]
     compile_seconds: float | None = None
     temporary_bytes: int | None = None
-
-
-def environment(threads: int) -> dict[str, str]:
-    """The environment in which a worker keeps to so many threads, and to the CPU."""
-    count = str(threads)
-    flags = os.environ.get("XLA_FLAGS", "")
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "NPROC": count,  # size of XLA's thread pool
-        "XLA_FLAGS": f"{flags} --xla_cpu_multi_thread_eigen={'false' if threads == 1 else 'true'}".strip(),
-        "OMP_NUM_THREADS": count,
-        "OPENBLAS_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-    }
 
 
 def main() -> None:
@@ -150,7 +83,7 @@ def _prepare(task: Task) -> tuple[Program, Ready]:
     before = _resident_bytes()
     values = program.call()
     peak = None if before is None else _peak_bytes() - before
-    sent = {name: np.asarray(x, np.float32) for name, x in values.items()} if task.values else {}
+    sent = {name: program.to_numpy(x) for name, x in values.items()} if task.values else {}
     return program, Ready(program.compile_seconds, program.temporary_bytes, peak, sent)
 
 
@@ -219,7 +152,12 @@ def _jax_program(function: Callable[..., Any], given: Inputs, task: Task) -> Pro
     most = MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if temporary > most:
         raise _Skip(f"needs {temporary / 2**30:.0f} GiB of memory, over the {most / 2**30:.0f} that it may use here")
-    return Program(lambda: jax.block_until_ready(compiled(arrays, cotangent)), seconds, temporary)
+    return Program(
+        lambda: jax.block_until_ready(compiled(arrays, cotangent)),
+        lambda x: np.asarray(x, np.float32),
+        seconds,
+        temporary,
+    )
 
 
 def _torch_program(function: Callable[..., Any], given: Inputs, task: Task) -> Program:
@@ -235,15 +173,14 @@ def _torch_program(function: Callable[..., Any], given: Inputs, task: Task) -> P
 
     def forward() -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            return {"o": function(**arrays).float()}
+            return {"o": function(**arrays)}
 
     def both() -> dict[str, torch.Tensor]:
         o = function(**arrays)
         grads = torch.autograd.grad(o, list(arrays.values()), cotangent, allow_unused=True)
-        found = {f"d{name}": x.float() for name, x in zip(arrays, grads) if x is not None}
-        return {"o": o.detach().float(), **found}
+        return {"o": o.detach(), **{f"d{name}": x for name, x in zip(arrays, grads) if x is not None}}
 
-    return Program(both if task.backward else forward)
+    return Program(both if task.backward else forward, lambda x: x.float().numpy())
 
 
 def _timed(call: Callable[[], Any], calls: int) -> Run:

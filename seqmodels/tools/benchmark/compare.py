@@ -1,0 +1,203 @@
+"""Programs side by side: one worker each, values compared first, then timed in alternating order."""
+
+import contextlib
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from seqmodels.errors import InputError
+from seqmodels.tools.benchmark.cases import Workload
+from seqmodels.tools.benchmark.messages import Ready, Run, Skipped, Subject, Task
+
+# Of the greatest magnitude; what differs by more does not compute the same, and gets no ratio.
+AGREEMENT = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+@dataclass
+class Row:
+    """What was measured of one program.
+
+    runs        seconds for one call, in the order of measuring; empty when it was skipped
+    difference  the greatest over outputs and gradients of max |a - b| / max |b|, b of the first row measured; None
+                unless values were compared
+    skipped     why nothing was measured
+    """
+
+    subject: Subject
+    workload: Workload
+    threads: int
+    ready: Ready | None = None
+    runs: list[Run] = field(default_factory=list)
+    difference: float | None = None
+    skipped: str | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        """CPU seconds of each run with one thread, else wall seconds."""
+        return [run.cpu if self.threads == 1 else run.wall for run in self.runs]
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def noise(self) -> float:
+        """How far the median lies above the best run, as a share of the best."""
+        return statistics.median(self.seconds) / self.best - 1
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.workload.tokens / self.best
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference is None or self.difference <= AGREEMENT[self.workload.dtype]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How programs are measured.
+
+    repeats  runs of each, after one that warms up
+    limit    CPU seconds: the most that one call may be predicted to take, and where repeating ends
+    """
+
+    backward: bool
+    threads: int = 1
+    repeats: int = 5
+    limit: float = 20.0
+
+
+def compare(
+    programs: Sequence[tuple[Subject, Workload]],
+    protocol: Protocol,
+    *,
+    values: bool,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> list[Row]:
+    """Measure programs beside each other; one row each, in their order.
+
+    values: whether all compute the same, so that their results are compared with the first one's. Without it, time is
+    not predicted either: the lengths of a comparison over lengths have one program, known to be affordable.
+    progress: is told what comes next.
+
+    Raises InputError when ours refuses its arguments, RuntimeError when ours fails.
+    """
+    rows, reference = [], None
+    with contextlib.ExitStack() as workers:
+        running: list[tuple[Row, _Worker]] = []
+        for subject, workload in programs:
+            progress(f"{subject.name}, T={workload.length}: compile and first run")
+            limit = protocol.limit if values else None
+            task = Task(subject, workload, protocol.backward, protocol.threads, limit, values)
+            worker = workers.enter_context(_Worker(task))
+            row = Row(subject, workload, protocol.threads)
+            rows.append(row)
+            answer = worker.ready()
+            if isinstance(answer, Skipped):
+                row.skipped = _explained(answer, subject)
+                continue
+            row.ready = answer._replace(values={})
+            if values and reference is None:
+                reference = answer.values
+            if values:
+                row.difference = difference(answer.values, reference)
+            running.append((row, worker))
+        for repeat in range(protocol.repeats):
+            progress(f"run {repeat + 1} of {protocol.repeats}")
+            for row, worker in running[:: 1 if repeat % 2 == 0 else -1]:
+                if row.skipped or sum(row.seconds) >= protocol.limit:
+                    continue
+                answer = worker.run()
+                if isinstance(answer, Skipped):
+                    row.skipped = _explained(answer, row.subject)
+                else:
+                    row.runs.append(answer)
+    return rows
+
+
+def difference(values: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> float:
+    """The greatest, over what both have, of max |a - b| / max |b|; NaN where a NaN is."""
+    shared = [name for name in reference if name in values]
+    each = [np.max(np.abs(values[x] - reference[x])) / np.max(np.abs(reference[x])) for x in shared]
+    return float(np.max(each))
+
+
+def _explained(skipped: Skipped, subject: Subject) -> str:
+    """A peer that fails is a line in the table; ours failing ends the program."""
+    if subject.peer is None and skipped.input_error:
+        raise InputError(skipped.reason)
+    if subject.peer is None and skipped.traceback:
+        raise RuntimeError(f"{subject.name} failed in its worker:\n{skipped.traceback}")
+    return f"failed: {skipped.reason}" if skipped.traceback else skipped.reason
+
+
+class _Worker:
+    """A worker's process, from its task to its end. As a context manager it leaves no process behind."""
+
+    def __init__(self, task: Task):
+        self._name = task.subject.name
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- has no name, and goes with the object
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "seqmodels.tools.benchmark.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=_environment(task.threads),
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends its workers
+        )
+        self._send(pickle.dumps(task))
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def ready(self) -> Ready | Skipped:
+        return self._answer()
+
+    def run(self) -> Run | Skipped:
+        self._send(b"run\n")
+        return self._answer()
+
+    def _send(self, message: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the answer says why
+            self._process.stdin.write(message)
+            self._process.stdin.flush()
+
+    def _answer(self) -> Any:
+        try:
+            return pickle.load(self._process.stdout)
+        except EOFError:
+            code = self._process.wait()
+            self._errors.seek(0)
+            printed = self._errors.read().decode(errors="replace").strip()
+            reason = f"its process ended with exit code {code}"
+            return Skipped(reason, traceback=f"{printed}\n{reason}")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The environment in which a worker keeps to so many threads, and to the CPU."""
+    count = str(threads)
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "NPROC": count,  # size of XLA's thread pool
+        "XLA_FLAGS": f"{flags} --xla_cpu_multi_thread_eigen={'false' if threads == 1 else 'true'}".strip(),
+        "OMP_NUM_THREADS": count,
+        "OPENBLAS_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+    }

@@ -1,0 +1,152 @@
+"""What was measured, as tables to read and as JSON to keep."""
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from seqmodels.tools.benchmark.compare import Row
+
+PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "flash-linear-attention")
+
+
+class Group(NamedTuple):
+    """Rows that were measured beside each other. over_lengths: one program at several lengths, not several programs."""
+
+    backward: bool
+    over_lengths: bool
+    rows: Sequence[Row]
+
+
+def heading(environment: dict[str, Any]) -> str:
+    """On what and when: processor, versions, source, load."""
+    source = environment["source"]
+    revision = "unknown" if source is None else str(source["revision"])[:12]
+    changed = " with local changes" if source and source["changed"] else ""
+    versions = {name: environment["packages"][name] for name in PACKAGES if name in environment["packages"]}
+    return "\n".join(
+        [
+            f"{processor()}, {os.cpu_count()} cores, load average {load()}, {environment['time']}",
+            f"seqmodels {revision}{changed}, Python {environment['python']}, "
+            + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        ]
+    )
+
+
+def load() -> str:
+    """Load averages over 1, 5 and 15 minutes: processes that want a core."""
+    return " ".join(f"{x:.1f}" for x in os.getloadavg())
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(group: Group) -> str:
+    """One group: what was run, a line for each row, and what the comparison says."""
+    first = group.rows[0].workload
+    sizes = f"heads {first.heads}, key {first.key_dim}, value {first.value_dim}, {first.dtype}"
+    where = "" if group.over_lengths else f"batch {first.batch}, length {first.length}, "
+    name = f" {group.rows[0].subject.name}" if group.over_lengths else ""
+    what = f"{first.op}, {first.case}:{name} {'forward + backward' if group.backward else 'forward'}"
+    threads = group.rows[0].threads
+    clock = "CPU ms" if threads == 1 else "wall ms"
+    titles = ("length x batch" if group.over_lengths else "program", clock, "noise", "ktok/s")
+    titles += ("ratio", "peak MiB", "XLA MiB", "compile s", "difference")
+    lines = [titles, *(_cells(row, group) for row in group.rows)]
+    widths = [max(len(line[i]) for line in lines if len(line) > i and len(line) > 2) for i in range(len(titles))]
+    widths[0] = max(len(line[0]) for line in lines)
+    text = [f"{what}; {where}{sizes}, {threads} thread{'s' if threads > 1 else ''}"]
+    for line in lines:
+        rest = (
+            [f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:])] if len(line) > 2 else [f"  {line[1]}"]
+        )
+        text.append(f"  {line[0]:<{widths[0]}}{''.join(rest)}")
+    return "\n".join([*text, *(f"  {line}" for line in conclusion(group))])
+
+
+def _cells(row: Row, group: Group) -> tuple[str, ...]:
+    """A row's cells, or its name and why it was skipped."""
+    name = f"{row.workload.length} x {row.workload.batch}" if group.over_lengths else row.subject.name
+    if row.skipped:
+        return name, row.skipped
+    return (
+        name,
+        f"{row.best * 1e3:.1f}",
+        f"{row.noise:.0%}",
+        f"{row.tokens_per_second / 1e3:.1f}",
+        _number(ratio(row, group), ".2f"),
+        _mebibytes(row.ready.peak_bytes),
+        _mebibytes(row.ready.temporary_bytes),
+        _number(row.ready.compile_seconds, ".1f"),
+        _number(row.difference, ".0e") + ("" if row.agrees else " differs"),
+    )
+
+
+def ratio(row: Row, group: Group) -> float | None:
+    """A row's time over the first row's, for as many tokens; None where one is missing or computes something else."""
+    first = group.rows[0]
+    if row.skipped or first.skipped or not row.agrees:
+        return None
+    return first.tokens_per_second / row.tokens_per_second
+
+
+def conclusion(group: Group) -> list[str]:
+    """The number that a reader looks for, in words."""
+    measured = [row for row in group.rows if not row.skipped]
+    if group.over_lengths and len(measured) > 1:
+        speeds = [row.tokens_per_second for row in measured]
+        return [f"most over least tokens per second: {max(speeds) / min(speeds):.2f}"]
+    others = {row.subject.name: ratio(row, group) for row in group.rows[1:]}
+    others = {name: value for name, value in others.items() if value is not None}
+    if group.over_lengths or not others:
+        return []
+    fastest = min(others, key=others.__getitem__)
+    return [f"{group.rows[0].subject.name} is {others[fastest]:.2f} times as fast as {fastest}, the best of the others"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:.0f}"
+
+
+def as_json(environment: dict[str, Any], groups: Sequence[Group], load_at_start: str) -> dict[str, Any]:
+    """Everything that was measured: every run of every row."""
+    return {
+        "environment": {**environment, "processor": processor(), "cores": os.cpu_count()},
+        "load_average": {"start": load_at_start, "end": load()},
+        "groups": [
+            {
+                "backward": group.backward,
+                "over_lengths": group.over_lengths,
+                "conclusion": conclusion(group),
+                "rows": [_row(row, group) for row in group.rows],
+            }
+            for group in groups
+        ],
+    }
+
+
+def _row(row: Row, group: Group) -> dict[str, Any]:
+    ready = row.ready
+    return {
+        "program": row.subject.name,
+        **row.workload._asdict(),
+        "threads": row.threads,
+        "skipped": row.skipped,
+        "runs": [run._asdict() for run in row.runs],
+        "tokens_per_second": row.tokens_per_second if row.runs else None,
+        "ratio": ratio(row, group),
+        "difference": row.difference,
+        "compile_seconds": ready and ready.compile_seconds,
+        "temporary_bytes": ready and ready.temporary_bytes,
+        "peak_bytes": ready and ready.peak_bytes,
+    }
