@@ -84,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--config FILE`, and a word on `--gin.X.y=v` (which `split_overrides` takes out) to the help."""
     group = parser.add_argument_group(
         "config",
-        "What is built, and how. --gin.NAME.PARAMETER=VALUE sets one value and beats every file, as in "
-        "--gin.train.steps=100; --gin.MACRO=VALUE sets a macro. Values are written as in gin files, so a "
+        "What is built, and how. --gin.NAME.PARAMETER=VALUE sets one value and beats every file, as in\n"
+        "--gin.train.steps=100; --gin.MACRO=VALUE sets a macro. Values are written as in gin files, so a\n"
         "string keeps its quotes: --gin.TextData.paths=\"'corpus'\".",
     )
     group.add_argument(

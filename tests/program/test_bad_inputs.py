@@ -19,6 +19,7 @@ from tests.program.programs import (
     SHORT,
     Ended,
     contents,
+    damage,
     run_command,
     run_here,
     train_command,
@@ -51,14 +52,6 @@ def assert_refused(ended: Ended, message: str) -> None:
     first, *more = [line for line in lines if not line.startswith("tokenising: ")]
     assert first.startswith("error: ") and re.search(message, first), ended.err
     assert all(re.match(r"[-+]\S+ = ", line) for line in more), ended.err
-
-
-def damage(checkpoint: Path) -> None:
-    """Flip a bit in every stored byte of the arrays of a checkpoint; sizes and names stay."""
-    files = [file for file in (checkpoint / "state").rglob("d/*") if file.is_file()]
-    assert files
-    for file in files:
-        file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
 
 
 # Configs. None of them may leave a run directory behind.
@@ -273,10 +266,7 @@ def test_read_only_run_directory(here, train, gin, tmp_path, finished_run):
         (disk / "run" / "DONE").unlink()
         before = contents(disk)
         remount(disk, "ro")
-        gin, overrides = (
-            finished_run.parent / "tiny.gin",
-            list(SHORT),
-        )
+        gin = finished_run.parent / "tiny.gin"
         for run in (disk / "run", disk / "new"):
             ended = here(train, "--config", gin, "--run_dir", run, *SHORT)
             assert_refused(ended, f"cannot write (the run directory )?{run}.*Read-only file system")

@@ -59,14 +59,13 @@ def table(group: Group) -> str:
     titles = ("length x batch" if group.over_lengths else "program", clock, "noise", "ktok/s")
     titles += ("ratio", "peak MiB", "XLA MiB", "compile s", "difference")
     lines = [titles, *(_cells(row, group) for row in group.rows)]
-    widths = [max(len(line[i]) for line in lines if len(line) > i and len(line) > 2) for i in range(len(titles))]
-    widths[0] = max(len(line[0]) for line in lines)
+    full = [line for line in lines if len(line) == len(titles)]
+    widths = [max(len(line[i]) for line in full) for i in range(len(titles))]
+    first_width = max(len(line[0]) for line in lines)
     text = [f"{what}; {where}{sizes}, {threads} thread{'s' if threads > 1 else ''}"]
     for line in lines:
-        rest = (
-            [f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:])] if len(line) > 2 else [f"  {line[1]}"]
-        )
-        text.append(f"  {line[0]:<{widths[0]}}{''.join(rest)}")
+        cells = line[1:] if line not in full else [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:])]
+        text.append("  ".join(["", f"{line[0]:<{first_width}}", *cells]))
     return "\n".join([*text, *(f"  {line}" for line in conclusion(group))])
 
 
@@ -98,16 +97,20 @@ def ratio(row: Row, group: Group) -> float | None:
 
 def conclusion(group: Group) -> list[str]:
     """The number that a reader looks for, in words."""
-    measured = [row for row in group.rows if not row.skipped]
-    if group.over_lengths and len(measured) > 1:
-        speeds = [row.tokens_per_second for row in measured]
-        return [f"most over least tokens per second: {max(speeds) / min(speeds):.2f}"]
-    others = {row.subject.name: ratio(row, group) for row in group.rows[1:]}
-    others = {name: value for name, value in others.items() if value is not None}
-    if group.over_lengths or not others:
+    first = group.rows[0]
+    if group.over_lengths:
+        speeds = [row.tokens_per_second for row in group.rows if not row.skipped]
+        return [f"most over least tokens per second: {max(speeds) / min(speeds):.2f}"] if len(speeds) > 1 else []
+    ratios = {
+        row.subject.name: ratio(row, group)
+        for row in group.rows
+        if row.subject._replace(chunk_size=None) != first.subject._replace(chunk_size=None)
+    }
+    ratios = {name: value for name, value in ratios.items() if value is not None}
+    if not ratios:
         return []
-    fastest = min(others, key=others.__getitem__)
-    return [f"{group.rows[0].subject.name} is {others[fastest]:.2f} times as fast as {fastest}, the best of the others"]
+    best = min(ratios, key=ratios.__getitem__)
+    return [f"{first.subject.name} is {ratios[best]:.2f} times as fast as {best}, the fastest of the others"]
 
 
 def _number(value: float | None, form: str) -> str:

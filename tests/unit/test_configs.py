@@ -1,0 +1,92 @@
+"""Every shipped config says what it means: it is read, its model is built in shapes, and no binding is idle."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from seqmodels import config
+from seqmodels.constructors import register_constructors
+from seqmodels.errors import InputError
+from seqmodels.registry import MIXERS
+from seqmodels.training import TrainingJob, parameter_shapes
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "configs"
+QUICKSTART, EXPERIMENTS = CONFIGS / "quickstart.gin", sorted((CONFIGS / "experiments").glob("*.gin"))
+SIZES = sorted((CONFIGS / "sizes").glob("*.gin"))
+TASKS = sorted((CONFIGS / "tasks").glob("*.gin"))
+PARTS = sorted((CONFIGS / "mixers").glob("*.gin"))
+
+
+def build(*files: Path) -> TrainingJob:
+    """The job that the files compose to, after everything of it has been made that needs no memory."""
+    register_constructors()
+    config.parse(files)
+    job = TrainingJob()
+    shapes = parameter_shapes(job.model, job.seq_len)
+    job.optimizer.build(shapes, job.steps)
+    tokens = jax.ShapeDtypeStruct((job.batch_size, job.seq_len), "int32")
+    logits, _ = jax.eval_shape(lambda params, x: job.model.apply({"params": params}, x), shapes, tokens)
+    assert logits.shape == (job.batch_size, job.seq_len, job.model.vocab_size)
+    config.check_all_used()
+    return job
+
+
+@pytest.fixture(autouse=True)
+def _forget_config():
+    yield
+    config.clear()
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(CONFIGS))
+
+
+def test_there_are_configs():
+    assert QUICKSTART.exists() and EXPERIMENTS and SIZES and TASKS and PARTS
+    known = {QUICKSTART, CONFIGS / "base.gin", *EXPERIMENTS, *SIZES, *TASKS, *PARTS}
+    assert known == set(CONFIGS.rglob("*.gin")), "a config that no test here builds"
+
+
+@pytest.mark.parametrize("file", [QUICKSTART, *EXPERIMENTS], ids=name)
+def test_experiment(file):
+    job = build(file)
+    assert job.check_fits.__self__ is job and job.data.vocab_size <= job.model.vocab_size
+
+
+@pytest.mark.parametrize("mixer", PARTS, ids=name)
+def test_mixer_on_a_task(mixer):
+    build(CONFIGS / "base.gin", CONFIGS / "tasks/standard_library.gin", CONFIGS / "sizes/tiny.gin", mixer)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=name)
+def test_size(size):
+    build(CONFIGS / "base.gin", TASKS[-1], size, CONFIGS / "mixers/gated_linear_attention.gin")
+
+
+@pytest.mark.parametrize("task", TASKS, ids=name)
+def test_task(task):
+    build(CONFIGS / "base.gin", task, CONFIGS / "sizes/tiny.gin", CONFIGS / "mixers/gated_linear_attention.gin")
+
+
+def test_every_mixer_has_a_config():
+    assert set(MIXERS) <= {file.stem for file in PARTS}
+
+
+@pytest.mark.parametrize("file", [QUICKSTART, *EXPERIMENTS], ids=name)
+def test_an_experiment_opens_like_a_methods_section(file):
+    head = file.read_text().split("\n\n")[0]
+    assert all(line.startswith("# ") for line in head.splitlines())
+    assert re.search(r"^# Question +\S.*\?$", head, re.MULTILINE), head
+    command = re.search(r"^# Command +python train\.py --config (\S+) --run_dir runs/\w+$", head, re.MULTILINE)
+    assert command and REPOSITORY / command[1] == file, "the command is for another file"
+
+
+def test_an_idle_binding_is_noticed(tmp_path):
+    """That the check which the tests above rely on can fail."""
+    idle = tmp_path / "idle.gin"
+    idle.write_text("SoftmaxAttention.window = 8\n")
+    with pytest.raises(InputError, match=r"SoftmaxAttention\.window has no effect"):
+        build(QUICKSTART, idle)
