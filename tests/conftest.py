@@ -1,35 +1,27 @@
-"""Set-up of the whole test suite, made before jax is imported; and the option that names the mixers to test."""
+"""Set-up of the whole test suite, made before jax is imported."""
 
 import getpass
 import os
 import tempfile
 from pathlib import Path
 
+import pytest
+
 # Threads of linear algebra libraries fight for the cores that the test processes already use.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far longer than they compute. This drops optimisation of machine code, not of the program: sums keep
-# their order and precision. Programs are kept for the next run.
+# Tests compile far longer than they compute. This drops optimisation of machine code, not of the program: sums
+# keep their order and precision. Programs are kept for the next run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"seqmodels-tests-{getpass.getuser()}")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import pytest
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--mixers",
-        default="seqmodels.registry",
-        metavar="MODULE",
-        help="importable module with the tables MIXERS and OTHER_OPS that the conformance suite runs over",
-    )
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): tests that share compiled programs, for one worker")
-    # Tests of one group share what they compile, so they belong in one process.
+    config.addinivalue_line(
+        "markers", "xdist_group(name): tests that share compiled programs: for one worker"
+    )
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"

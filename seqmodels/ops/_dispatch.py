@@ -50,6 +50,7 @@ def run(
                 f"{op.name}: segment_ids has shape {segment_ids.shape}; expected {(batch, length)} as the inputs have"
             )
         docs = _scan.documents(segment_ids)
+    options = {**options, "fresh": initial_state is None}
     fresh = op.initial_state(arrays, options)
     state = fresh if initial_state is None else _checked_state(op, initial_state, fresh)
 

@@ -56,6 +56,8 @@ class SeqOp:
     summarize       (arrays, documents, options) -> what the span does to any state
     combine         (earlier summary, later summary, options) -> summary of both spans
     apply           (summary, state, options) -> state after the span
+                    options are the static keyword arguments, and `fresh`: True where no state was handed in, so that
+                    a form may leave out the reading of an empty one
     summary_kind    how a shard of a longer sequence gets what it needs: "prefix" one all-gather of fixed-size
                     summaries, "halo" the last positions of its neighbour, "ring" keys and values of all shards,
                     "relay" the exact state, handed on

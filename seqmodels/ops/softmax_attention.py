@@ -219,9 +219,13 @@ def _nan_without_room(o: Array, position: Array, cache: KVCache, options: Option
     return jnp.where((position < cache.slots)[..., None, None], o, jnp.nan)
 
 
-def _with_cache(arrays: Inputs, cache: KVCache, docs: Documents | None) -> tuple[Array, Array, Array, Reach]:
+def _with_cache(
+    arrays: Inputs, cache: KVCache, docs: Documents | None, options: Options
+) -> tuple[Array, Array, Array, Reach]:
     """Keys, values and ranks of the cache and the span in one row, and the reach of the span's queries."""
     query = reach(cache.length, docs, arrays["k"].shape[1])
+    if options.get("fresh", False):
+        return arrays["k"], arrays["v"], query.rank, query
     # In the document of the incoming state a token's rank is its position.
     pairs = (cache.k, arrays["k"]), (cache.v, arrays["v"]), (cache.position, query.rank)
     return *(jnp.concatenate(pair, axis=1) for pair in pairs), query
@@ -231,7 +235,7 @@ def _chunked(
     arrays: Inputs, cache: KVCache, docs: Documents | None, chunk_size: int | None, options: Options
 ) -> tuple[Array, KVCache]:
     q = arrays["q"]
-    k, v, key, query = _with_cache(arrays, cache, docs)
+    k, v, key, query = _with_cache(arrays, cache, docs, options)
     o = blockwise_attention(
         _grouped(q, k.shape[2]),
         k,
@@ -251,7 +255,7 @@ def _parallel(
     arrays: Inputs, cache: KVCache, docs: Documents | None, chunk_size: int | None, options: Options
 ) -> tuple[Array, KVCache]:
     q = arrays["q"]
-    k, v, key, query = _with_cache(arrays, cache, docs)
+    k, v, key, query = _with_cache(arrays, cache, docs, options)
     seen = sees(query, key, options.get("window"), options.get("sinks", 0))
     o = _attend(q, k, v, seen, options)
     o = _nan_without_room(o, query.rank - query.first, cache, options)

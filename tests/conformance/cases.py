@@ -1,7 +1,7 @@
-"""What the laws are tried on: an operator with one of its examples, or a layer with one choice of its fields.
+"""What the laws are tried on: an operator with one of its examples, or a layer with some of its fields set.
 
-Both are functions (arrays over a span, state at its start, segment ids) -> (outputs, state at its end) that can be run
-in several forms, so most laws are written once for both.
+Both are functions (arrays over a span, state at its start, segment ids) -> (outputs, state at its end) that can
+be run in several forms, so most laws are written once for both.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from seqmodels.ops import _dispatch
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp, State
 from seqmodels.registry import Entry
 from tests.conformance.compare import Floats, cast, floats_of
-from tests.conformance.layouts import BATCH, CHUNK, LENGTH, LONG
+from tests.conformance.layouts import BATCH, CHUNK, DECODE, LENGTH, LONG, SPLITS, THIRDS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -29,14 +29,16 @@ TOKENS_BEFORE = 5
 
 LAYER_WIDTH = 16
 
-# Choices of fields to test layers with; each is for the layers that have all of them.
-FIELDS: tuple[dict[str, Any], ...] = (
-    {},
-    {"conv_size": 3},
-    {"window": 5, "sinks": 2},
-    {"num_kv_heads": 2, "qk_norm": True},
-    {"normalize": False, "output_norm": True},
-)
+# Layers are tested as they are by default, and with those of these fields that they have.
+OPTIONAL_FIELDS = {
+    "conv_size": 3,
+    "window": 5,
+    "sinks": 2,
+    "num_kv_heads": 2,
+    "qk_norm": True,
+    "normalize": False,
+    "output_norm": True,
+}
 
 
 class Variant(NamedTuple):
@@ -66,7 +68,7 @@ class Outcome(NamedTuple):
 
 
 class Case:
-    """A function with a state, on one set of arguments. Compiled once per variant and shape, whichever law asks.
+    """A function with a state, on one set of arguments; compiled once per variant and shape.
 
     op               the operator, or that of the layer
     time_args        names of the arrays with a time axis
@@ -74,16 +76,18 @@ class Case:
     exact            dtype of the reference
     low_precisions   dtypes whose errors are measured against it
     tolerance        entry of the table of tolerances for sameness in `exact`
-    finds_starts     whether a document that starts with a span is told from one that goes on. An operator cannot know:
-                     the state it is given belongs to the first document of the span
+    splits           lengths of the spans into which the split law cuts
+    finds_starts     whether a document that starts with a span is told from one that goes on. An operator cannot
+                     know: the state it is given belongs to the first document of the span
     """
 
     op: SeqOp
     time_args: tuple[str, ...]
-    variants: list[Variant]
+    variants: tuple[Variant, ...]
     exact: np.dtype
     low_precisions: tuple[np.dtype, ...]
     tolerance: str
+    splits: tuple[tuple[int, ...], ...]
     finds_starts: bool
 
     def arrays(self, dtype: np.dtype, length: int, seed: int) -> Inputs:
@@ -93,9 +97,17 @@ class Case:
         """The state before the first token of a document."""
         raise NotImplementedError
 
-    def call(self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any) -> tuple[jax.Array, State]:
+    def call(
+        self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any
+    ) -> tuple[jax.Array, State]:
         """Run it, not compiled."""
         raise NotImplementedError
+
+    def shapes(self, dtype: np.dtype, length: int) -> Inputs:
+        """The arrays without their values."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.arrays(dtype, length, seed=0)
+        )
 
     def precisely(self) -> contextlib.AbstractContextManager:
         """Within, arrays of dtype `exact` keep it."""
@@ -105,7 +117,7 @@ class Case:
     def span(self, dtype: np.dtype, length: int = LENGTH, seed: int = 1) -> Span:
         """Arrays of that dtype and length, and the state that tokens before them left."""
         arrays = self.arrays(dtype, TOKENS_BEFORE + length, seed)
-        before, after = (self.cut(arrays, part) for part in (slice(TOKENS_BEFORE), slice(TOKENS_BEFORE, None)))
+        before, after = self.cut(arrays, slice(TOKENS_BEFORE)), self.cut(arrays, slice(TOKENS_BEFORE, None))
         start = self.fresh(arrays, TOKENS_BEFORE + length)
         _, state = self.forward(RECURRENT)(before, start, None)
         return Span(after, state, None)
@@ -133,8 +145,8 @@ class Case:
                 return floats_of(found)[0], found
 
             floats, backward, (o, state) = jax.vjp(outputs, differentiable, has_aux=True)
-            by_output, by_state = cotangents(floats, output_weights), cotangents(floats, state_weights)
-            (gradient,) = backward({path: (by_output if path == "[0]" else by_state)[path] for path in floats})
+            of_output, of_state = cotangents(floats, output_weights), cotangents(floats, state_weights)
+            (gradient,) = backward({**of_state, "[0]": of_output["[0]"]})
             return Outcome(o, state, gradient)
 
         return jax.jit(run)
@@ -142,9 +154,10 @@ class Case:
     def outcome(
         self, variant: Variant, span: Span, output_weights: np.ndarray, state_weights: np.ndarray
     ) -> Outcome:
-        """Outputs, final state and gradients. A weight of 0 takes a position, or a row's final state, out of the sum.
+        """Outputs, final state, and gradients of a sum of both, weighted by random numbers times the weights.
 
-        output_weights: [b, t]; state_weights: [b]. Gradients are by path: "[0]['q']" an array, "[1]..." the state.
+        output_weights: [b, t]; state_weights: [b]. A weight of 0 takes its position, or row, out of the sum.
+        Gradients are by path: "[0]['q']" is an array's, "[1]..." the initial state's.
         """
         return self._differentiated(variant)(span, output_weights, state_weights)
 
@@ -170,7 +183,7 @@ def weights(length: int) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def described_by(op: SeqOp) -> Iterator[None]:
-    """Within, the public function runs by this description of its operator: that of a test may be an altered one."""
+    """Within, the public function runs by this description of its operator, which a test may have altered."""
     run = _dispatch.run
 
     def run_described(own: SeqOp, *args: Any, **kwargs: Any):
@@ -183,15 +196,13 @@ def described_by(op: SeqOp) -> Iterator[None]:
 class OpCase(Case):
     """An operator on one of its examples, in float64."""
 
-    exact, low_precisions, tolerance, finds_starts = FLOAT64, (FLOAT32, BFLOAT16), "forms", False
+    exact, low_precisions, tolerance = FLOAT64, (FLOAT32, BFLOAT16), "forms"
+    splits, finds_starts = (*SPLITS, DECODE), False
 
     def __init__(self, op: SeqOp, example: str):
         self.op, self.example, self.time_args = op, example, op.time_args
-        self.variants = []
-        for form in op.forms:
-            self.variants.append(Variant(form, CHUNK if form == "chunked" else None))
-            if form == "chunked":
-                self.variants.append(Variant(form))
+        small_chunks = (Variant("chunked", CHUNK),) if "chunked" in op.forms else ()
+        self.variants = (*small_chunks, *map(Variant, op.forms))
 
     def __repr__(self) -> str:
         return f"{self.op.name}, {self.example}"
@@ -230,7 +241,9 @@ class OpCase(Case):
     def fresh(self, arrays: Inputs, capacity: int = TOKENS_BEFORE + LENGTH) -> State:
         return self.op.initial_state(*self.dispatched(arrays))
 
-    def call(self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any) -> tuple[jax.Array, State]:
+    def call(
+        self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any
+    ) -> tuple[jax.Array, State]:
         with described_by(self.op):
             return self.op.call(
                 **arrays,
@@ -250,9 +263,9 @@ def argument_dtype(name: str, dtype: np.dtype) -> np.dtype:
 class LayerCase(Case):
     """A layer with random parameters, in float32 (its gates and statistics are float32 in any case)."""
 
-    exact, low_precisions, tolerance, finds_starts = FLOAT32, (BFLOAT16,), "layer", True
-    time_args = ("x",)
-    variants = [Variant("chunked", CHUNK)]  # noqa: RUF012
+    exact, low_precisions, tolerance = FLOAT32, (BFLOAT16,), "layer"
+    splits, finds_starts = (THIRDS, DECODE), True
+    time_args, variants = ("x",), (Variant("chunked", CHUNK),)
 
     def __init__(self, name: str, entry: Entry, fields: Mapping[str, Any]):
         self.name, self.op, self.constructor, self.fields = name, entry.op, entry.layer, dict(fields)
@@ -275,23 +288,25 @@ class LayerCase(Case):
         x = arrays["x"]
         return self.layer(dtype=x.dtype).initial_state(x.shape[0], capacity)
 
-    def call(self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any) -> tuple[jax.Array, State]:
+    def call(
+        self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any
+    ) -> tuple[jax.Array, State]:
         x = arrays["x"]
         layer = self.layer(dtype=x.dtype, form=variant.form, chunk_size=variant.chunk_size)
         return layer.apply(arrays["variables"], x, state, segment_ids)
 
 
-def op_cases(mixers: Mapping[str, Entry], other_ops: tuple[SeqOp, ...]) -> list[OpCase]:
-    """Every operator of the table, once, on each of its examples."""
-    ops = {op.name: op for op in (*(entry.op for entry in mixers.values()), *other_ops)}
+def op_cases(ops: Mapping[str, SeqOp]) -> list[OpCase]:
+    """Every operator on each of its examples."""
     return [OpCase(op, name) for op in ops.values() for name in op.examples(jax.random.key(0), 1, 2)]
 
 
 def layer_cases(mixers: Mapping[str, Entry]) -> list[LayerCase]:
-    """Every layer of the table, with each choice of `FIELDS` that is for it."""
-    return [
-        LayerCase(name, entry, fields)
-        for name, entry in mixers.items()
-        for fields in FIELDS
-        if all(hasattr(entry.layer, field) for field in fields)
-    ]
+    """Every layer as it is by default, and with its optional parts."""
+    found = []
+    for name, entry in mixers.items():
+        found.append(LayerCase(name, entry, {}))
+        fields = {field: value for field, value in OPTIONAL_FIELDS.items() if hasattr(entry.layer, field)}
+        if fields:
+            found.append(LayerCase(name, entry, fields))
+    return found

@@ -1,4 +1,4 @@
-"""Comparisons that say where and by how much two trees of arrays differ, and a view on the floats of a tree."""
+"""Comparisons that say where and by how much two trees of arrays differ; a view on the floats of a tree."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,8 +49,8 @@ def assert_close(found: Any, expected: Any, tolerance: float, what: str) -> None
         if is_float(want):
             error = np.abs(have - want).max(initial=0)
             assert error <= tolerance * scale, (
-                f"{what}{path}: off by {error:.2g}, {error / (scale or 1):.1e} of the largest value {scale:.2g}; "
-                f"tolerance {tolerance:.1e}"
+                f"{what}{path}: off by {error:.2g}, {error / (scale or 1):.1e} of the largest value "
+                f"{scale:.2g}; tolerance {tolerance:.1e}"
             )
         else:
             assert (have == want).all(), f"{what}{path}: integers differ"

@@ -1,7 +1,7 @@
-"""The rows that the laws are tried on: how documents and padding may lie in a span, and where a span may be cut.
+"""The rows that the laws are tried on: how documents and padding lie in a span, and where a span may be cut.
 
-Lengths are chosen around the chunk: documents of 1, C - 1 and C tokens, spans of 1, C - 1, C, 3C + 5 and more. Few
-distinct numbers, since each is a compilation.
+Lengths are chosen around the chunk: documents of 1, C - 1 and C tokens, spans of 1, C - 1, C, 3C + 5 and more.
+Few distinct numbers, since each is a compilation.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ def _row(*pieces: tuple[int, int]) -> list[int]:
     return [segment for segment, count in pieces for _ in range(count)]
 
 
-# Borders at chunk edges (8, 16, 24), inside chunks, documents of one token; an id may come back for another document.
+# Borders at chunk edges (8, 16) and inside chunks, documents of one token; one id for two documents.
 PACKED = np.array(
     [
         _row((5, 8), (2, 8), (9, 7), (5, 7)),
@@ -43,7 +43,7 @@ EVERY_TOKEN = np.tile(np.arange(1, LENGTH + 1), (BATCH, 1))
 LAYOUTS = {"one document": WHOLE, "packed": PACKED, "padded": PADDED, "a document per token": EVERY_TOKEN}
 
 THIRDS = (10, 10, 10)
-SPLITS = ((1, 29), (29, 1), THIRDS, (7, 8, 15))
+SPLITS = ((1, 29), (29, 1), THIRDS, (7, 8, 7, 8))
 DECODE = (10, *(1,) * 20)
 
 

@@ -1,4 +1,4 @@
-"""Every registered layer keeps the laws that can be seen from outside: its documents, its state, its precision."""
+"""Every registered layer keeps the laws that can be seen from outside."""
 
 
 def test_law(layer_case, layer_law):

@@ -32,5 +32,3 @@ def _breaks(law: str, case: OpCase) -> bool:
     except AssertionError:
         return True
     return False
-
-

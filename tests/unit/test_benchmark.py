@@ -145,7 +145,7 @@ def test_forms_from_the_command_line(tmp_path, capsys):
             assert each["compile_seconds"] > 0
             assert each["difference"] <= AGREEMENT["float32"]
     # The scan keeps every state for the backward pass: 80 of 2 x 8 x 4 floats.
-    assert both["rows"][1]["temporary_bytes"] > 80 * 2 * 8 * 4 * 4 > forward["rows"][0]["temporary_bytes"] > 0
+    assert both["rows"][1]["temporary_bytes"] > 80 * 2 * 8 * 4 * 4 > forward["rows"][1]["temporary_bytes"]
     printed = capsys.readouterr().out
     assert "load average" in printed
     assert "linear_attention, scalar: forward + backward; batch 1, length 80" in printed
@@ -181,9 +181,8 @@ def test_a_library_that_is_missing_is_said(monkeypatch):
 
 
 def test_ours_refusing_its_arguments_is_an_input_error():
-    refused = workload()._replace(dtype="float32", key_dim=8)
     with pytest.raises(InputError, match="form='chunky' is not a form of it; did you mean 'chunked'"):
-        compare([(Subject(form="chunky"), refused)], Protocol(backward=False), values=True)
+        compare([(Subject(form="chunky"), workload())], Protocol(backward=False), values=True)
 
 
 @pytest.mark.parametrize("power, skipped", [(1, False), (2, True)])
@@ -204,7 +203,7 @@ def test_prediction_follows_the_growth_of_time(monkeypatch, power, skipped):
     if not skipped:
         worker._check_prediction(task)
         return
-    with pytest.raises(worker._Skip, match="over the limit of 0.2"):
+    with pytest.raises(worker._Skip, match="over the limit"):
         worker._check_prediction(task)
 
 
@@ -215,13 +214,14 @@ def test_an_interrupt_ends_every_worker():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 120
         while not (workers := _workers_of(process.pid)):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole process group
         _, errors = process.communicate(timeout=120)
     finally:
         process.kill()

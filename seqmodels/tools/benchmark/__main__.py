@@ -36,7 +36,8 @@ columns:
   difference  from the first line: the largest of max |a - b| / max |b| over outputs and gradients
 
 A program that is predicted to take over --limit CPU seconds for one call, from runs at a sixteenth and a quarter of
-the length, is skipped, and so is a peer whose library is not installed. Both are lines in the table."""
+the length, is skipped (not in the view lengths), and so is a peer whose library is not installed. Both are lines in
+the table."""
 
 VIEWS = {
     "forms": (

@@ -85,8 +85,8 @@ def compare(
 ) -> list[Row]:
     """Measure programs beside each other; one row each, in their order.
 
-    values: whether all compute the same, so that their results are compared with the first one's. Without it, time is
-    not predicted either: the lengths of a comparison over lengths have one program, known to be affordable.
+    values: whether all compute the same, so that their results are compared with the first one's. Without it, as over
+    lengths, no program is skipped for the time that it is predicted to take.
     progress: is told what comes next.
 
     Raises InputError when ours refuses its arguments, RuntimeError when ours fails.

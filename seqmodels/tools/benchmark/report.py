@@ -101,16 +101,16 @@ def conclusion(group: Group) -> list[str]:
     if group.over_lengths:
         speeds = [row.tokens_per_second for row in group.rows if not row.skipped]
         return [f"most over least tokens per second: {max(speeds) / min(speeds):.2f}"] if len(speeds) > 1 else []
-    ratios = {
-        row.subject.name: ratio(row, group)
+    others = [
+        (row, ratio(row, group))
         for row in group.rows
         if row.subject._replace(chunk_size=None) != first.subject._replace(chunk_size=None)
-    }
-    ratios = {name: value for name, value in ratios.items() if value is not None}
-    if not ratios:
+    ]
+    others = [(value, row.subject.name) for row, value in others if value is not None]
+    if not others:
         return []
-    best = min(ratios, key=ratios.__getitem__)
-    return [f"{first.subject.name} is {ratios[best]:.2f} times as fast as {best}, the fastest of the others"]
+    value, name = min(others)
+    return [f"{first.subject.name} is {value:.2f} times as fast as {name}, the fastest of the others"]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -26,6 +26,7 @@ from seqmodels.tools.benchmark.messages import Ready, Run, Skipped, Subject, Tas
 from seqmodels.tools.benchmark.peers import peers
 
 SHORTEST_RUN = 0.1  # CPU seconds; shorter calls are repeated within a run
+GRANULE = 64  # tokens; some programs take only whole chunks of this size
 MEMORY_SHARE = 0.8  # of the machine's memory: the most that a program may ask for
 
 
@@ -88,23 +89,26 @@ def _prepare(task: Task) -> tuple[Program, Ready]:
 
 
 def _check_prediction(task: Task) -> None:
-    """Run a sixteenth and a quarter of the length, and skip what would take too long.
+    """Run about a sixteenth and a quarter of the length, and skip what would take too long.
 
-    Another factor of 4 in length costs at least a factor of 4 in time, or as much as the last one did: what is
-    quadratic in the length, or worse, shows by then.
+    Time is taken to grow as a power of the length: the one that both runs show, and at least the first. What is
+    quadratic or worse shows by then.
     """
-    length, seconds, growth = task.workload.length, [], 4.0
+    length, power = task.workload.length, 1.0
+    shorter: tuple[int, float] | None = None
     for part in (length // 16, length // 4):
-        if part < 64:
-            return
+        part -= part % GRANULE
+        if not part:
+            continue
         call = _program(task, task.workload._replace(length=part)).call
         call()
-        seconds.append(_timed(call, 1).cpu)
-        if len(seconds) == 2:
-            growth = max(growth, seconds[1] / seconds[0])
-        predicted = seconds[-1] * growth ** math.log(length / part, 4)
+        seconds = _timed(call, 1).cpu
+        if shorter is not None:
+            power = max(power, math.log(seconds / shorter[1]) / math.log(part / shorter[0]))
+        predicted = seconds * (length / part) ** power
         if predicted > task.limit:
             raise _Skip(f"predicted {predicted:.0f} CPU s per call, over the limit of {task.limit:g}")
+        shorter = part, seconds
 
 
 def _program(task: Task, workload: Workload) -> Program:
