@@ -6,7 +6,6 @@ The same command goes on where a run was stopped or killed, and says so when the
 """
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART, run_main
 from seqmodels.evaluation.generation import Sampling, encode_prompt, generate, until_separator
 from seqmodels.models.accounting import flops_per_token, parameter_count
 from seqmodels.parallel.mesh import make_mesh
+from seqmodels.start_up import prepare_jax
 from seqmodels.training import (
     Checkpointer,
     NonFiniteError,
@@ -85,7 +85,7 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     """Run the job until it is finished or stopped; returns the exit code. Opens the run directory once
     everything that can be wrong with the job has been looked at, so that a mistake leaves nothing behind."""
     if run.finished:
-        run.open(config.config_text())
+        run.check(config.config_text())
         say(f"{run.path}: finished at step {run.finished['step']}, nothing left to do")
         return EXIT_DONE
 
@@ -100,6 +100,9 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     batches = data.train_batches(
         job.batch_size, job.seq_len, job.seed, transforms=job.transforms, **processes
     )
+    position = batches.get_state()
+    next(batches)  # what is wrong with the data shows now
+    batches.set_state(position)
 
     model = job.model
     parameters = parameter_shapes(model, job.seq_len)
@@ -192,16 +195,6 @@ def write_sample(job: TrainingJob, params: Any) -> None:
     )
     text = tokenizer.decode(until_separator((int(row[0]) for row in rows), tokenizer))
     say(f"a sample:\n\n{job.sample_prompt}{text}\n")
-
-
-def prepare_jax() -> None:
-    """Keep compiled programs on disk from one start to the next, and libraries' remarks off the terminal."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqmodels" / "xla"
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    for library in ("absl", "jax", "orbax", "tensorboardX"):
-        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def cli(argv: list[str]) -> int:

@@ -44,7 +44,7 @@ class Tokenizer(abc.ABC):
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32, without separators."""
-        return self.encode_documents([text.encode()])[0].astype(np.int32)
+        return self.encode_documents([text.encode(errors="surrogateescape")])[0].astype(np.int32)
 
 
 class ByteTokenizer(Tokenizer):

@@ -49,6 +49,8 @@ def mask_inputs(fraction: float = 0.15) -> Transform:
     Mask-enhanced autoregressive prediction (MEAP), Zhuang et al. 2025, arXiv 2502.07490. It comes after
     `next_token_targets`. It is for training: evaluate without it.
     """
+    if isinstance(fraction, dict):
+        raise InputError("mask_inputs makes a transform and is none itself: write @mask_inputs() in the config")
     if not 0.0 <= fraction <= 1.0:
         raise InputError(f"mask_inputs: fraction is {fraction}; expected 0 to 1")
     # Another random transform of the same row draws from another stream.

@@ -43,17 +43,12 @@ class Sampling:
         """One token per row."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1)
-        logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            smallest = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < smallest, -jnp.inf, logits)
-        if self.top_p < 1:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            probability = jax.nn.softmax(ordered, axis=-1)
-            kept = jnp.cumsum(probability, axis=-1) - probability < self.top_p
-            smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < smallest, -jnp.inf, logits)
-        return jax.random.categorical(key, logits)
+        # In descending order, so that what is kept is the beginning.
+        logits, tokens = jax.lax.top_k(logits / self.temperature, min(self.top_k or logits.shape[-1], logits.shape[-1]))
+        probability = jax.nn.softmax(logits, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        place = jax.random.categorical(key, jnp.where(before < self.top_p, logits, -jnp.inf))
+        return jnp.take_along_axis(tokens, place[:, None], axis=-1)[:, 0]
 
 
 def generate(

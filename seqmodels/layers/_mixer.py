@@ -125,7 +125,9 @@ class Mixer(nn.Module):
 
     def divide(self, width: int, parts: int, what: str) -> int:
         """width / parts, or an error that says which of `what` does not divide."""
-        if width % parts:
+        if parts < 1:
+            raise InputError(f"{type(self).__name__}: the number of heads is {parts}; expected at least 1")
+        if width < parts or width % parts:
             raise InputError(f"{type(self).__name__}: {what} = {width} is not divisible by {parts} heads")
         return width // parts
 

@@ -107,6 +107,8 @@ class Stack(nn.Module):
 
     @property
     def rounds(self) -> int:
+        if self.n_layers < 1 or self.d_model < 1:
+            raise InputError(f"n_layers = {self.n_layers}, d_model = {self.d_model}; expected at least 1 of each")
         if not self.pattern or self.n_layers % len(self.pattern):
             raise InputError(
                 f"n_layers = {self.n_layers} is not a multiple of the pattern's length {len(self.pattern)}: "

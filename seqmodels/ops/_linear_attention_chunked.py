@@ -20,8 +20,20 @@ recomputes the rest. With dO, dS', dz' the cotangents and N, M those of the nume
 
 (9) needs no derivative of an exponential: a query carries exp(+b), a key exp(-b). Documents are masks on (1) to (3);
 they leave (9) as it is, since what is masked contributes nothing to either product.
+
+Decay per channel does not factor out of (1), and exp(b_i) exp(-b_j) overflows. So each pair j < i is met halfway: cut
+the chunk into blocks of 2, 4, 8, ... positions; at exactly one of these levels i is in the later and j in the earlier
+half of one block. With m the first position of the later half,
+
+    Y_t  = (q_t if t is in a later half, else k_t) * exp(-|b_t - b_m|)          A_ij = sum_k Y_ik Y_jk            (10)
+    dY   = (dA + dA^T) Y on the pairs of that level, times exp(-|b - b_m|)                                        (11)
+
+is a product of matrices for every level, and dY is dQ in the later halves, dK in the earlier ones.
+
+Everything below is written for one row of the batch.
 """
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -33,7 +45,7 @@ from seqmodels.ops import _scan
 from seqmodels.ops._scan import Documents
 
 DEFAULT_CHUNK = 64
-SUB_BLOCK = 16
+SMALLEST_CHUNK = 16
 EPSILON = 1e-6
 
 
@@ -52,9 +64,12 @@ def chunked(
     """Outputs [b, t, hv, v], the final S and the final z (None without a normaliser).
 
     q, k: [b, t, h, k]; v: [b, t, hv, v]; g: None, [b, t, hv] or [b, t, hv, k]; S: [b, hv, k, v]; z: [b, hv, k] or None.
+    With decay per channel `chunk_size` is rounded up to a power of two.
     """
     length = q.shape[1]
-    size = chunk_size or min(DEFAULT_CHUNK, -(-length // SUB_BLOCK) * SUB_BLOCK)
+    size = chunk_size or min(DEFAULT_CHUNK, -(-length // SMALLEST_CHUNK) * SMALLEST_CHUNK)
+    if g is not None and g.ndim == 4:
+        size = 1 << (size - 1).bit_length()
     index = None
     if docs is not None:
         k = jnp.where(docs.real[..., None, None], k, 0)
@@ -71,12 +86,12 @@ def chunked(
 class _Chunk(NamedTuple):
     """One chunk, heads before time, in the accumulation dtype.
 
-    q, k     [b, hv, c, k]       v  [b, hv, c, v]
-    b        [b, hv, c, 1 or k]  inclusive cumulative log decay within the chunk, or None
-    pairs    [c, c] or [b, 1, c, c] bool: j <= i and of one document
+    q, k     [hv, c, k]       v  [hv, c, v]
+    b        [hv, c, 1 or k]  inclusive cumulative log decay within the chunk, or None
+    pairs    [c, c] bool: j <= i and of one document
     enter    weight of the incoming state in a row's output: exp(b_i) where the row is of the incoming document
     leave    weight of a row in the outgoing state: exp(b_C - b_i) where the row is of the last document
-    through  weight of the incoming state in the outgoing one: [b, hv, 1 or k], exp(b_C) where no document started
+    through  weight of the incoming state in the outgoing one: [hv, 1 or k], exp(b_C) where no document started
     """
 
     q: Array
@@ -88,130 +103,110 @@ class _Chunk(NamedTuple):
     leave: Array | float
     through: Array | float
 
+    @property
+    def decays_per_channel(self) -> bool:
+        return self.b is not None and self.b.shape[-1] > 1
+
 
 def _chunk(n: Array, size: int, q: Array, k: Array, v: Array, g: Array | None, index: Array | None, scale: float):
     """Cut chunk `n` out of the arrays and work out its weights."""
     dtype = _scan.state_dtype(q, k, v, g)
-
-    def cut(x: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, n * size, size, axis=1)
-
-    groups = v.shape[2] // q.shape[2]
-    q, k, v = (jnp.moveaxis(cut(x), 1, 2).astype(dtype) for x in (q, k, v))
-    q, k = (jnp.repeat(x, groups, axis=1) for x in (q * scale, k))
-    causal = jnp.tril(jnp.ones((size, size), bool))
-    pairs, enter, leave, through, b = causal, 1.0, 1.0, 1.0, None
+    groups = v.shape[1] // q.shape[1]
+    q, k, v = (_cut(x, n, size).astype(dtype) for x in (q, k, v))
+    q, k = (jnp.repeat(x, groups, axis=0) for x in (q * scale, k))
+    pairs, enter, leave, through, b = _triangle(size, bool), 1.0, 1.0, 1.0, None
     if g is not None:
-        g = jnp.moveaxis(cut(g), 1, 2)
-        g = g if g.ndim == 4 else g[..., None]
-        b = _sum_to(g.astype(dtype))
-        last = b[:, :, -1:]
-        enter, leave, through = jnp.exp(b), jnp.exp(last - b), jnp.exp(last[:, :, 0])
+        b = _sum_to(_cut(g.reshape(*g.shape[:2], -1), n, size).astype(dtype))
+        last = b[:, -1:]
+        enter, leave, through = jnp.exp(b), jnp.exp(last - b), jnp.exp(last[:, 0])
     if index is not None:
-        ids = cut(index)
-        incoming = jnp.where(n > 0, index[jnp.arange(index.shape[0]), jnp.maximum(n * size - 1, 0)], 0)
-        first, last = (ids == incoming[:, None])[:, None, :, None], (ids == ids[:, -1:])[:, None, :, None]
-        pairs = causal & (ids[:, :, None] == ids[:, None, :])[:, None]
-        enter, leave, through = enter * first, leave * last, through * first[:, :, -1]
+        ids = jax.lax.dynamic_slice_in_dim(index, n * size, size)
+        before = jax.lax.dynamic_index_in_dim(index, jnp.maximum(n * size - 1, 0), keepdims=False)
+        first, last = (ids == jnp.where(n > 0, before, 0))[:, None], (ids == ids[-1])[:, None]
+        pairs = pairs & (ids[:, None] == ids)
+        enter, leave, through = enter * first, leave * last, through * first[-1]
     return _Chunk(q, k, v, b, pairs, enter, leave, through)
 
 
+def _cut(x: Array, n: Array, size: int) -> Array:
+    """Chunk `n` of [t, h, d], as [h, c, d]."""
+    return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(x, n * size, size), 0, 1)
+
+
+def _triangle(size: int, dtype: jnp.dtype) -> Array:
+    return jnp.tril(jnp.ones((size, size), dtype))
+
+
 def _sum_to(g: Array) -> Array:
-    """Inclusive cumulative sum over the chunk axis (-2), as a product with a triangle of ones."""
-    ones = jnp.tril(jnp.ones((g.shape[-2],) * 2, g.dtype))
-    return jnp.matmul(ones, g, precision="highest")
+    """Inclusive cumulative sum over the chunk, as a product with a triangle of ones."""
+    return jnp.matmul(_triangle(g.shape[-2], g.dtype), g, precision="highest")
 
 
 def _sum_from(x: Array) -> Array:
-    """Sum over the positions from each one to the chunk's end (axis -2)."""
-    ones = jnp.triu(jnp.ones((x.shape[-2],) * 2, x.dtype))
-    return jnp.matmul(ones, x, precision="highest")
-
-
-def _transposed(x: Array) -> Array:
-    return jnp.swapaxes(x, -1, -2)
+    """Sum over the positions from each one to the chunk's end."""
+    return jnp.matmul(_triangle(x.shape[-2], x.dtype).T, x, precision="highest")
 
 
 def _scores(x: _Chunk) -> Array:
     """A of equation (1)."""
-    if x.b is not None and x.b.shape[-1] > 1:
-        return _channel_scores(x)
-    return (x.q @ _transposed(x.k)) * _pair_decay(x)
+    if not x.decays_per_channel:
+        return jnp.einsum("hik,hjk->hij", x.q, x.k) * _pair_decay(x)
+    A = jnp.sum(x.q * x.k, axis=-1, keepdims=True)
+    for level in _levels(x):
+        A = jnp.where(level.pairs, jnp.einsum("hik,hjk->hij", level.y, level.y), A)
+    return jnp.where(x.pairs, A, 0)
 
 
 def _scores_backward(x: _Chunk, dA: Array) -> tuple[Array, Array]:
-    """dq, dk of the scores."""
-    if x.b is not None and x.b.shape[-1] > 1:
-        return _channel_scores_backward(x, dA)
-    dA = dA * _pair_decay(x)
-    return dA @ x.k, _transposed(dA) @ x.q
+    """The sides of dA in (6) and (7)."""
+    if not x.decays_per_channel:
+        dA = dA * _pair_decay(x)
+        return jnp.einsum("hij,hjk->hik", dA, x.k), jnp.einsum("hij,hik->hjk", dA, x.q)
+    dA = jnp.where(x.pairs, dA, 0)
+    own = jnp.sum(dA * jnp.eye(dA.shape[-1], dtype=dA.dtype), axis=-1, keepdims=True)
+    dA = dA + jnp.swapaxes(dA, -1, -2)
+    dq, dk = own * x.k, own * x.q
+    for level in _levels(x):
+        dy = level.decay * jnp.einsum("hij,hjk->hik", jnp.where(level.pairs, dA, 0), level.y)
+        dq, dk = dq + jnp.where(level.later, dy, 0), dk + jnp.where(level.later, 0, dy)
+    return dq, dk
 
 
 def _pair_decay(x: _Chunk) -> Array:
     """exp(b_i - b_j) on the pairs that see each other, 0 elsewhere; for scalar decay or none."""
     if x.b is None:
         return x.pairs.astype(x.q.dtype)
-    difference = jnp.where(x.pairs, x.b - _transposed(x.b), 0)
+    difference = jnp.minimum(x.b - jnp.swapaxes(x.b, -1, -2), 0)
     return jnp.where(x.pairs, jnp.exp(difference), 0)
 
 
-# Decay per channel does not factor out of the product over channels, and exp(b_i) exp(-b_j) overflows. Two levels of
-# blocks keep every exponent <= 0: between sub-blocks both sides are taken relative to the first row of the later one;
-# within a sub-block the sum over channels is written out.
+class _Level(NamedTuple):
+    """One level of (10).
+
+    later  [c, 1] bool: the position is in a later half
+    pairs  [c, c] bool: one position in each half of the same block, in either order
+    decay  [hv, c, k]: exp(-|b - b_m|)
+    y      [hv, c, k]: Y
+    """
+
+    later: Array
+    pairs: Array
+    decay: Array
+    y: Array
 
 
-def _sub_blocks(x: Array, size: int) -> Array:
-    """[..., c, k] -> [..., c / size, size, k]."""
-    return x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
-
-
-def _diagonal_decay(b: Array) -> Array:
-    """exp(b_i - b_j) for j <= i within each sub-block, 0 above: [..., n, i, j, k]."""
-    later = jnp.tril(jnp.ones((b.shape[-2],) * 2, bool))[..., None]
-    difference = jnp.where(later, b[..., :, None, :] - b[..., None, :, :], 0)
-    return jnp.where(later, jnp.exp(difference), 0)
-
-
-def _sub_block_size(size: int) -> int:
-    return SUB_BLOCK if size % SUB_BLOCK == 0 else size
-
-
-def _channel_scores(x: _Chunk) -> Array:
-    size = _sub_block_size(x.q.shape[-2])
-    q, k, b = (_sub_blocks(y, size) for y in (x.q, x.k, x.b))
-    diagonal = jnp.sum(q[..., :, None, :] * k[..., None, :, :] * _diagonal_decay(b), axis=-1)
-    rows = []
-    for n in range(q.shape[-3]):
-        reference = b[..., n, :1, :]
-        left = (q[..., n, :, :] * jnp.exp(b[..., n, :, :] - reference)) @ _transposed(
-            x.k[..., : n * size, :] * jnp.exp(reference - x.b[..., : n * size, :])
-        )
-        right = jnp.zeros((*left.shape[:-1], x.q.shape[-2] - (n + 1) * size), left.dtype)
-        rows.append(jnp.concatenate([left, diagonal[..., n, :, :], right], axis=-1))
-    return jnp.where(x.pairs, jnp.concatenate(rows, axis=-2), 0)
-
-
-def _channel_scores_backward(x: _Chunk, dA: Array) -> tuple[Array, Array]:
-    size = _sub_block_size(x.q.shape[-2])
-    dA = jnp.where(x.pairs, dA, 0)
-    q, k, b = (_sub_blocks(y, size) for y in (x.q, x.k, x.b))
-    count = q.shape[-3]
-    blocks = jnp.stack(
-        [dA[..., n * size : (n + 1) * size, n * size : (n + 1) * size] for n in range(count)], axis=-3
-    )
-    weighted = blocks[..., None] * _diagonal_decay(b)
-    dq_diagonal = jnp.sum(weighted * k[..., None, :, :], axis=-2)
-    dk = jnp.sum(weighted * q[..., :, None, :], axis=-3).reshape(x.k.shape)
-    dq = []
-    for n in range(count):
-        reference = b[..., n, :1, :]
-        q_decay = jnp.exp(b[..., n, :, :] - reference)
-        k_decay = jnp.exp(reference - x.b[..., : n * size, :])
-        dA_row = dA[..., n * size : (n + 1) * size, : n * size]
-        dq.append(dq_diagonal[..., n, :, :] + q_decay * (dA_row @ (x.k[..., : n * size, :] * k_decay)))
-        dk_left = k_decay * (_transposed(dA_row) @ (q[..., n, :, :] * q_decay))
-        dk = dk.at[..., : n * size, :].add(dk_left)
-    return jnp.concatenate(dq, axis=-2), dk
+def _levels(x: _Chunk) -> Iterator[_Level]:
+    heads, size, channels = x.b.shape
+    position = jnp.arange(size)
+    half = 1
+    while half < size:
+        later = (position & half > 0)[:, None]
+        pairs = (position[:, None] ^ position) // half == 1
+        blocks = x.b.reshape(heads, -1, 2 * half, channels)
+        from_middle = (blocks - blocks[:, :, half : half + 1]).reshape(x.b.shape)
+        decay = jnp.exp(-jnp.abs(from_middle))
+        yield _Level(later, pairs, decay, jnp.where(later, x.q, x.k) * decay)
+        half *= 2
 
 
 def _forward(x: _Chunk, S: Array, z: Array | None) -> tuple[Array, Array, Array | None]:
@@ -222,11 +217,11 @@ def _forward(x: _Chunk, S: Array, z: Array | None) -> tuple[Array, Array, Array 
     if z is not None:
         o = o / _denominator(A, q_in, z)
         z = through * z + k_out.sum(axis=-2)
-    return o, through[..., None] * S + _transposed(k_out) @ x.v, z
+    return o, through[..., None] * S + jnp.einsum("hck,hcv->hkv", k_out, x.v), z
 
 
 def _denominator(A: Array, q_in: Array, z: Array) -> Array:
-    return (A.sum(axis=-1) + jnp.einsum("bhck,bhk->bhc", q_in, z) + EPSILON)[..., None]
+    return (A.sum(axis=-1) + jnp.einsum("hck,hk->hc", q_in, z) + EPSILON)[..., None]
 
 
 def _backward(x: _Chunk, S: Array, z: Array | None, after: tuple, d_after: tuple, o: Array | None, do: Array):
@@ -238,17 +233,17 @@ def _backward(x: _Chunk, S: Array, z: Array | None, after: tuple, d_after: tuple
     if z is not None:
         N = do / _denominator(A, q_in, z)
         M = -jnp.sum(N * o, axis=-1, keepdims=True)
-    dA = N @ _transposed(x.v)
-    dq_in = N @ _transposed(S)
-    dk_out = x.v @ _transposed(dS_after)
-    dS = through[..., None] * dS_after + _transposed(q_in) @ N
+    dA = jnp.einsum("hiv,hjv->hij", N, x.v)
+    dq_in = jnp.einsum("hcv,hkv->hck", N, S)
+    dk_out = jnp.einsum("hcv,hkv->hck", x.v, dS_after)
+    dS = through[..., None] * dS_after + jnp.einsum("hck,hcv->hkv", q_in, N)
     dz = None
     if z is not None:
         dA = dA + M
-        dq_in = dq_in + M * z[..., None, :]
-        dk_out = dk_out + dz_after[..., None, :]
+        dq_in = dq_in + M * z[:, None]
+        dk_out = dk_out + dz_after[:, None]
         dz = through * dz_after + jnp.sum(q_in * M, axis=-2)
-    dv = _transposed(A) @ N + k_out @ dS_after
+    dv = jnp.einsum("hij,hiv->hjv", A, N) + k_out @ dS_after
     dq, dk = _scores_backward(x, dA)
     dq = dq + dq_in * x.enter
     dk = dk + dk_out * x.leave
@@ -257,11 +252,24 @@ def _backward(x: _Chunk, S: Array, z: Array | None, after: tuple, d_after: tuple
         at_end = jnp.sum(dS_after * S_after, axis=-1)
         if z is not None:
             at_end = at_end + dz_after * z_after
-        db, at_end = x.q * dq - x.k * dk, at_end[..., None, :]
-        if x.b.shape[-1] == 1:
+        db, at_end = x.q * dq - x.k * dk, at_end[:, None]
+        if not x.decays_per_channel:
             db, at_end = (y.sum(axis=-1, keepdims=True) for y in (db, at_end))
         dg = _sum_from(db) + at_end
     return dq, dk, dv, dg, dS, dz
+
+
+def _over_batch(row: Callable, *arrays: Array | None):
+    """`row` on every row of the batch: side by side, but one after another on a CPU, whose cache holds one row's chunk.
+
+    Rows that a mesh may have spread over devices stay side by side.
+    """
+    together, in_turn = jax.vmap(row), lambda *x: jax.lax.map(lambda one: row(*one), x)
+    mesh = jax.sharding.get_abstract_mesh()
+    spread = not (mesh.empty or mesh.are_all_axes_manual or mesh.size == 1)
+    if arrays[0].shape[0] == 1 or spread:
+        return together(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=in_turn, default=together)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -273,19 +281,16 @@ def _run(q, k, v, g, S, z, index, scale: float, size: int):
 def _run_chunks(q, k, v, g, S, z, index, scale: float, size: int):
     """The scan over chunks; also the states that entered each chunk."""
 
-    def body(state, n):
-        x = _chunk(n, size, q, k, v, g, index, scale)
-        o, *after = _forward(x, *state)
-        return tuple(after), (jnp.moveaxis(o, 2, 1).astype(v.dtype), state)
+    def row(q, k, v, g, S, z, index):
+        def body(state, n):
+            x = _chunk(n, size, q, k, v, g, index, scale)
+            o, *after = _forward(x, *state)
+            return tuple(after), (jnp.swapaxes(o, 0, 1).astype(v.dtype), state)
 
-    (S, z), (o, entered) = jax.lax.scan(body, (S, z), jnp.arange(q.shape[1] // size))
-    return _join(o), S, z, entered
+        (S, z), (o, entered) = jax.lax.scan(body, (S, z), jnp.arange(q.shape[0] // size))
+        return o.reshape(v.shape), S, z, entered
 
-
-def _join(chunks: Array) -> Array:
-    """[n, b, c, ...] -> [b, n * c, ...]."""
-    x = jnp.moveaxis(chunks, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return _over_batch(row, q, k, v, g, S, z, index)
 
 
 def _run_forward(q, k, v, g, S, z, index, scale: float, size: int):
@@ -295,32 +300,25 @@ def _run_forward(q, k, v, g, S, z, index, scale: float, size: int):
 
 
 def _run_backward(scale: float, size: int, residuals, cotangents):
-    q, k, v, g, index, entered, final, o = residuals
-    do, dS, dz = cotangents
-    heads, groups = q.shape[2], v.shape[2] // q.shape[2]
+    def row(q, k, v, g, index, entered, final, o, do, dS, dz):
+        inputs = (q, k, v) if g is None else (q, k, v, g)
+        groups = v.shape[1] // q.shape[1]
 
-    def heads_first(x: Array, n: Array, like: Array) -> Array:
-        cut = jax.lax.dynamic_slice_in_dim(x, n * size, size, axis=1)
-        return jnp.moveaxis(cut, 1, 2).astype(like.dtype)
+        def body(carry, position):
+            n, state = position
+            after, d_after = carry
+            x = _chunk(n, size, q, k, v, g, index, scale)
+            o_n, do_n = (None if y is None else _cut(y, n, size).astype(x.q.dtype) for y in (o, do))
+            dq, dk, dv, dg, dS, dz = _backward(x, *state, after, d_after, o_n, do_n)
+            dq, dk = (y.reshape(-1, groups, *y.shape[1:]).sum(axis=1) for y in (dq * scale, dk))
+            grads = (jnp.swapaxes(y, 0, 1).astype(like.dtype) for y, like in zip((dq, dk, dv, dg), inputs))
+            return (state, (dS, dz)), tuple(grads)
 
-    def body(carry, position):
-        n, state = position
-        after, d_after = carry
-        x = _chunk(n, size, q, k, v, g, index, scale)
-        o_n = None if o is None else heads_first(o, n, x.q)
-        dq, dk, dv, dg, dS, dz = _backward(x, *state, after, d_after, o_n, heads_first(do, n, x.q))
-        if groups > 1:
-            dq, dk = (y.reshape(y.shape[0], heads, groups, *y.shape[2:]).sum(axis=2) for y in (dq, dk))
-        out = ((dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype))
-        if g is not None:
-            out += ((dg[..., 0] if g.ndim == 3 else dg).astype(g.dtype),)
-        return (state, (dS, dz)), tuple(jnp.moveaxis(y, 2, 1) for y in out)
+        chunks = (jnp.arange(q.shape[0] // size), entered)
+        (_, (dS, dz)), grads = jax.lax.scan(body, (final, (dS, dz)), chunks, reverse=True)
+        return *(y.reshape(x.shape) for y, x in zip(grads, inputs)), *(None,) * (4 - len(inputs)), dS, dz, None
 
-    count = q.shape[1] // size
-    (_, (dS, dz)), grads = jax.lax.scan(body, (final, (dS, dz)), (jnp.arange(count), entered), reverse=True)
-    grads = [_join(y) for y in grads]
-    dg = grads[3] if g is not None else None
-    return *grads[:3], dg, dS, dz, None
+    return _over_batch(row, *residuals, *cotangents)
 
 
 _run.defvjp(_run_forward, _run_backward)

@@ -40,14 +40,17 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--tokens is {arguments.tokens}; expected at least 1")
 
     # After the command line is known to be right: these imports take seconds.
+    from seqmodels.start_up import prepare_jax
     from seqmodels.evaluation.generation import Sampling, encode_prompt, generate, until_separator
     from seqmodels.tools._runs import open_run
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    prepare_jax()
     run = open_run(arguments.run, arguments.step)
     tokenizer = run.job.data.tokenizer
     if tokenizer is None:
-        raise InputError(f"{arguments.run} was trained on {type(run.job.data).__name__}, whose tokens stand for no text")
+        data = type(run.job.data).__name__
+        raise InputError(f"{arguments.run} was trained on {data}, whose tokens stand for no text")
     steps = generate(
         run.job.model,
         run.params,

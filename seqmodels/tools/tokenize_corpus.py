@@ -40,6 +40,8 @@ def tokenize_corpus(
     finished or not at all. What an interrupted run left is removed by the next one.
     """
     check_held_out_fraction(held_out_fraction)
+    if shard_tokens < 1:
+        raise InputError(f"shard_tokens is {shard_tokens}; expected at least 1 token in a file")
     loaded = load_tokenizer(tokenizer)
     files = find_files(inputs, text_suffixes)
     target = Path(output)

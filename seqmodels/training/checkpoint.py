@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -73,6 +74,8 @@ def _keep_screen_clean() -> None:
     It logs the error of a save with its traceback. Once one of its reads or writes has failed, the others,
     left unfinished, complain from wherever they end: that the event loop is closed, or that nobody waits.
     """
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
     logging.getLogger("absl").addFilter(
         lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
     )
@@ -121,7 +124,7 @@ class Checkpointer:
         for name, value in (("every", every), ("keep", keep)):
             if value is not None and value < 1:
                 raise InputError(f"checkpoint {name} is {value}; expected at least 1")
-        self.directory = epath.Path(directory)
+        self.directory = _absolute(directory)
         self.every = every
         self._config = config
         self._report = report
@@ -306,7 +309,7 @@ def restore_parameters(
         InputError: there is no such checkpoint or no such field, the asked step or every step is damaged, or
             the shapes differ.
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     steps = list_steps(directory)
     if not steps:
         raise InputError(f"no checkpoint in {directory}; expected a folder in which training has saved")
@@ -335,6 +338,12 @@ def restore_parameters(
         return Restored(candidate, tree, record["config"], record["metadata"])
     damaged = "every checkpoint" if step is None else f"the checkpoint of step {step}"
     raise InputError(f"{damaged} in {directory} is damaged; there are those of steps {_listed(steps)}")
+
+
+def _absolute(directory: str | os.PathLike) -> epath.Path:
+    """Orbax takes no relative paths. An address in a bucket stays as it is."""
+    path = os.fspath(directory)
+    return epath.Path(path if "://" in path else os.path.abspath(path))
 
 
 def _listed(steps: Iterable[int]) -> str:

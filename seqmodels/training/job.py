@@ -67,6 +67,8 @@ class TrainingJob:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"train.{name} is {value!r}: expected a whole number of at least 1")
+        if self.sample_tokens < 0:
+            raise InputError(f"train.sample_tokens is {self.sample_tokens}: expected 0 or more")
         if self.profile_steps is not None:
             first, last = self.profile_steps
             if not 1 <= first <= last <= self.steps:

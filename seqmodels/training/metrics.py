@@ -9,11 +9,15 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from seqmodels.errors import InputError
 from seqmodels.training.loss import bits_per_byte
 from seqmodels.training.run_directory import RunDirectory
 
@@ -76,11 +80,7 @@ class Report:
         self._speaks = jax.process_index() == 0
         self._tensorboard = None
         if self._speaks:
-            # The suffix: two starts within a second would otherwise write to one file.
-            suffix = f".after-{start}"
-            self._tensorboard = SummaryWriter(
-                str(run.tensorboard), purge_step=start + 1, filename_suffix=suffix
-            )
+            self._tensorboard = _EventFile(run.tensorboard, start)
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -94,10 +94,14 @@ class Report:
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self._bar.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            except InputError:
+                if error is None:
+                    raise
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The numbers of an update, in the order of the updates."""
@@ -143,6 +147,8 @@ class Report:
 
     def restart_clock(self) -> None:
         """Do not count the time until the next step finishes: it goes into an evaluation or a save."""
+        if self._tensorboard:
+            self._tensorboard.flush()
         self._clock: tuple[int, float] | None = None
 
     def _measure(self, step: int, now: float) -> dict[str, float]:
@@ -160,7 +166,37 @@ class Report:
 
     def _to_tensorboard(self, folder: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._tensorboard.add_scalar(f"{folder}/{name}", value, step)
+            self._tensorboard.add(f"{folder}/{name}", step, value)
+
+
+class _EventFile:
+    """Scalars for TensorBoard, written at once and in the caller's thread: tensorboardX's own `SummaryWriter`
+    writes in another, where a full disk ends in a traceback that nobody can catch."""
+
+    def __init__(self, directory: Path, start: int):
+        self._directory = directory
+        # The suffix: two starts within a second would otherwise write to one file.
+        self._writer = self._guarded(EventsWriter, str(directory / "events"), f".after-{start}")
+        # Steps after `start` that an earlier process has written are hidden.
+        self._write(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, name: str, step: int, value: float) -> None:
+        self._write(step=step, summary=scalar(name, value))
+
+    def flush(self) -> None:
+        self._guarded(self._writer.flush)
+
+    def close(self) -> None:
+        self._guarded(self._writer.close)
+
+    def _write(self, **fields) -> None:
+        self._guarded(self._writer.write_event, Event(wall_time=time.time(), **fields))
+
+    def _guarded(self, call, *arguments):
+        try:
+            return call(*arguments)
+        except OSError as error:
+            raise InputError(f"cannot write into {self._directory}: {error.strerror}") from error
 
 
 def _short(number: float) -> str:

@@ -11,6 +11,7 @@ So a learning-rate multiplier of 0 freezes a parameter, decay included.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -85,20 +86,32 @@ class Optimizer:
     weight_decay_rules: Rules = ()
     learning_rate_rules: Rules = ()
 
+    def __post_init__(self) -> None:
+        limits = {"learning_rate": math.inf, "weight_decay": math.inf, "clip_norm": math.inf}
+        limits |= dict.fromkeys(("b1", "b2", "momentum", "decay_rate"), 1.0)
+        for name, limit in limits.items():
+            value = getattr(self, name, None)
+            if value is not None and not 0 <= value < limit:
+                expected = "0 or more" if limit == math.inf else f"0 or more and less than {limit:g}"
+                raise InputError(f"{type(self).__name__}.{name} is {value}: expected {expected}")
+
     def direction(self) -> optax.GradientTransformation:
         """Step 2 of the update: from a gradient to the direction to go against."""
         raise NotImplementedError
 
     def learning_rates(self, steps: int) -> optax.Schedule:
         """The learning rate of a run of `steps` updates, by the number of updates done so far."""
-        return make_schedule(
-            self.schedule,
-            self.learning_rate,
-            steps,
-            warmup_steps=self.warmup_steps,
-            final_fraction=self.final_fraction,
-            decay_fraction=self.decay_fraction,
-        )
+        try:
+            return make_schedule(
+                self.schedule,
+                self.learning_rate,
+                steps,
+                warmup_steps=self.warmup_steps,
+                final_fraction=self.final_fraction,
+                decay_fraction=self.decay_fraction,
+            )
+        except InputError as error:
+            raise InputError(f"{type(self).__name__}: {error}") from None
 
     def build(self, parameters: optax.Params, steps: int) -> optax.GradientTransformation:
         """The optax transformation for these parameters (their shapes are enough) and this number of

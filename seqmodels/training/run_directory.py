@@ -124,6 +124,13 @@ class RunDirectory:
             self.close()
             raise
 
+    def check(self, config: str) -> None:
+        """Raise `InputError` if the run was started with another config; writes nothing."""
+        file = self.path / "config.gin"
+        if not file.exists():
+            raise InputError(f"{self.path} is not a whole run directory: it holds no config.gin")
+        self._refuse_other_config(file.read_text(), config)
+
     def close(self) -> None:
         """Let other programs in."""
         if self._lock is not None:
@@ -181,13 +188,16 @@ class RunDirectory:
         if not file.exists():
             _write(file, config)
             return
-        saved, given = _bindings(file.read_text()), _bindings(config)
+        self._refuse_other_config(file.read_text(), config)
+
+    def _refuse_other_config(self, own: str, config: str) -> None:
+        saved, given = _bindings(own), _bindings(config)
         if saved != given:
             lines = difflib.unified_diff(saved, given, "this run", "given", n=0, lineterm="")
             difference = [line for line in lines if not line.startswith(("--- ", "+++ ", "@@ "))]
             raise InputError(
                 f"{self.path} is a run with another config; name another run directory to start a new run, "
-                f"or use the config in {file} to continue this one (- this run's, + yours):\n"
+                f"or use the config in {self.path / 'config.gin'} to continue this one (- this run's, + yours):\n"
                 + "\n".join(difference)
             )
 

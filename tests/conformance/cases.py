@@ -77,6 +77,7 @@ class Case:
     low_precisions   dtypes whose errors are measured against it
     tolerance        entry of the table of tolerances for sameness in `exact`
     splits           lengths of the spans into which the split law cuts
+    is_extreme       whether gates or scores are at the edge of their range
     finds_starts     whether a document that starts with a span is told from one that goes on. An operator cannot
                      know: the state it is given belongs to the first document of the span
     """
@@ -89,6 +90,7 @@ class Case:
     tolerance: str
     splits: tuple[tuple[int, ...], ...]
     finds_starts: bool
+    is_extreme = False
 
     def arrays(self, dtype: np.dtype, length: int, seed: int) -> Inputs:
         raise NotImplementedError
@@ -135,7 +137,9 @@ class Case:
         return jax.jit(functools.partial(self.call, variant))
 
     @functools.cache  # noqa: B019
-    def _differentiated(self, variant: Variant):
+    def differentiated(self, variant: Variant):
+        """Compiled; what `outcome` calls."""
+
         def run(span: Span, output_weights: jax.Array, state_weights: jax.Array) -> Outcome:
             differentiable, replaced = floats_of((span.arrays, span.state))
 
@@ -159,7 +163,7 @@ class Case:
         output_weights: [b, t]; state_weights: [b]. A weight of 0 takes its position, or row, out of the sum.
         Gradients are by path: "[0]['q']" is an array's, "[1]..." the initial state's.
         """
-        return self._differentiated(variant)(span, output_weights, state_weights)
+        return self.differentiated(variant)(span, output_weights, state_weights)
 
 
 def cotangents(floats: Floats, weights: jax.Array) -> Floats:

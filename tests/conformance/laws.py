@@ -4,12 +4,13 @@ The recurrent form, `lax.scan` of the operator's definition, is what everything 
 for operators, in float32 for layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from seqmodels.ops._scan import Documents
 from tests.conformance.cases import (
@@ -58,10 +59,21 @@ def check_forms(case: Case) -> None:
             for variant in case.variants:
                 found = case.outcome(variant, marked, *weights(LENGTH))
                 _assert_same(found, expected, case.tolerance, f"{case}, {variant}, {layout}: ")
-        # Without segment ids the program is another one.
-        expected, first = case.outcome(RECURRENT, span, *weights(LENGTH)), case.variants[0]
-        found = case.outcome(first, span, *weights(LENGTH))
-        _assert_same(found, expected, case.tolerance, f"{case}, {first}, no segment ids: ")
+    if isinstance(case, OpCase):
+        _check_from_none(case)
+
+
+def _check_from_none(case: OpCase) -> None:
+    """Without a state, without segment ids, an operator may run another program: it gives the same."""
+    with case.precisely():
+        arrays, variant = case.span(case.exact).arrays, case.variants[0]
+        for layout, segment_ids in (("one document", None), ("packed", PACKED)):
+            fresh = Span(arrays, case.fresh(arrays), LAYOUTS[layout])
+            expected = case.outcome(RECURRENT, fresh, *weights(LENGTH))
+            found = case.outcome(variant, Span(arrays, None, segment_ids), *weights(LENGTH))
+            by_arrays = {path: expected.gradient[path] for path in found.gradient}
+            name = f"{case}, {variant}, {layout}, from None: "
+            _assert_same(found, expected._replace(gradient=by_arrays), case.tolerance, name)
 
 
 def _assert_same(found: Outcome, expected: Outcome, tolerance: str, name: str) -> None:
@@ -201,7 +213,8 @@ def _alone(case: Case, span: Span, output_weights: np.ndarray, state_weights: np
     The outputs, states and gradients of these runs, put where they stand in the packed rows; 0 at padding.
     """
     fresh, timed = case.fresh(span.arrays), _timed_paths(case, span)
-    o = np.zeros(jax.eval_shape(case.forward(RECURRENT), *span._replace(segment_ids=None))[0].shape)
+    shape = jax.eval_shape(case.forward(RECURRENT), *span._replace(segment_ids=None))[0].shape
+    o = np.zeros(shape, case.exact)
     state = jax.tree.map(np.array, span.state)
     gradient = {path: np.zeros(x.shape) for path, x in floats_of((span.arrays, span.state))[0].items()}
     # A row of padding alone hands its state through, and the cotangent of it back.
@@ -270,14 +283,14 @@ def _assert_state(case: Case, state: Any, fresh: Any, dtype: np.dtype, name: str
 
 def check_precision(case: Case) -> None:
     """Law 10. A form's error in low precision is at most a small multiple of the recurrent's, early and late."""
-    if isinstance(case, OpCase) and case.is_extreme:
+    if case.is_extreme:  # held to agreement alone, by law 11
         return
     chunked, random = Variant("chunked"), weights(LONG)
     for dtype in case.low_precisions:
         span = case.span(dtype, LONG)
         by_recurrent, by_chunks = (case.outcome(variant, span, *random) for variant in (RECURRENT, chunked))
         with case.precisely():
-            exact = Span(_exact(case, span.arrays), _exact(case, span.state), None)
+            exact = cast(span, case.exact)
             truth = case.outcome(RECURRENT, exact, *random)
         recurrent_error = _errors(by_recurrent, truth)
         for what, error in _errors(by_chunks, truth).items():
@@ -286,10 +299,6 @@ def check_precision(case: Case) -> None:
                 f"{case}, chunked, {dtype}: the error of {what} is {error:.1e}, that of the recurrent form "
                 f"{recurrent_error[what]:.1e}; expected at most {bound:.1e}"
             )
-
-
-def _exact(case: Case, tree: Any) -> Any:
-    return cast(tree, case.exact)
 
 
 def _errors(found: Outcome, truth: Outcome) -> dict[str, float]:
@@ -321,8 +330,7 @@ def check_extremes(case: OpCase) -> None:
         for layout in ("one document", "a document per token"):
             span = Span(arrays, whole.state, LAYOUTS[layout][:, :length])
             with case.precisely():
-                exact = span._replace(arrays=_exact(case, arrays), state=_exact(case, whole.state))
-                expected = case.outcome(RECURRENT, exact, *random)
+                expected = case.outcome(RECURRENT, cast(span, case.exact), *random)
             for form in case.op.forms:
                 found = case.outcome(Variant(form, CHUNK), span, *random)
                 _assert_same(found, expected, "extreme", f"{case}, {form}, {length} tokens, {layout}: ")
@@ -362,3 +370,15 @@ LAYER_LAWS: dict[str, Callable[[LayerCase], None]] = {
     "precision": check_precision,
     "jit": check_jit,
 }
+
+
+def each_law_on_each_case(laws: dict[str, Callable], cases: Iterable[Case]) -> pytest.MarkDecorator:
+    """Parametrises a test with `law` and `case`, but for laws that the operator says it cannot keep."""
+    pairs = [(law, case) for case in cases for law in laws if law not in case.op.known_gaps]
+    return pytest.mark.parametrize(
+        ("law", "case"),
+        [
+            pytest.param(laws[law], case, id=f"{case}: {law}", marks=pytest.mark.xdist_group(str(case)))
+            for law, case in pairs
+        ],
+    )

@@ -1,17 +1,21 @@
 """Every registered operator keeps the laws, on each of its examples."""
 
 import jax
+import pytest
 
+from seqmodels import registry
 from seqmodels.ops._op import SeqOp
-from tests.conformance.cases import OpCase
-from tests.conformance.laws import OP_LAWS
+from tests.conformance.cases import OpCase, op_cases
+from tests.conformance.laws import OP_LAWS, each_law_on_each_case
 
 
-def test_law(op_case, op_law):
-    op_law(op_case)
+@each_law_on_each_case(OP_LAWS, op_cases(registry.ops()))
+def test_law(law, case):
+    law(case)
 
 
-def test_known_gaps(op: SeqOp):
+@pytest.mark.parametrize("op", registry.ops().values(), ids=registry.ops())
+def test_known_gaps(op):
     check_known_gaps(op)
 
 

@@ -1,5 +1,6 @@
 """Runs that several files of this folder look at, each made once."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,16 @@ def finished_run(train, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory) -> Path:
+def own_cache(tmp_path_factory) -> dict[str, str]:
+    """An environment with a compilation cache of its own, for processes that may be killed while they write it."""
+    return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, own_cache) -> Path:
     """The tiny run, in one go in a process of its own, and `tiny.gin` beside it. For reading only."""
     folder = tmp_path_factory.mktemp("undisturbed")
     gin, run = write_config(folder), folder / "run"
-    ended = run_command(train_command(gin, run))
+    ended = run_command(train_command(gin, run), env=own_cache)
     assert ended.code == EXIT_DONE, ended
     return run

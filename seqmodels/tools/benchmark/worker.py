@@ -107,7 +107,7 @@ def _check_prediction(task: Task) -> None:
             power = max(power, math.log(seconds / shorter[1]) / math.log(part / shorter[0]))
         predicted = seconds * (length / part) ** power
         if predicted > task.limit:
-            raise _Skip(f"predicted {predicted:.0f} CPU s per call, over the limit of {task.limit:g}")
+            raise _Skip(f"predicted at least {predicted:.0f} CPU s per call, over the limit of {task.limit:g}")
         shorter = part, seconds
 
 

@@ -3,10 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from seqmodels.ops.moving_average import moving_average
 
 from seqmodels.layers._mixer import Mixer, MixerState, Stream, start_cursor
 from seqmodels.notation import Activations, Array
-from seqmodels.ops.moving_average import moving_average
 
 
 class MovingAverage(Mixer):

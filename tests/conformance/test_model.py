@@ -1,0 +1,63 @@
+"""A stack of any mixer: scan over layers equals unrolled, recomputation equals none, decoding equals the whole."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from seqmodels.models import LanguageModel
+from seqmodels.registry import MIXERS
+from tests.conformance.compare import assert_close
+from tests.tolerances import TOLERANCES
+
+LENGTH, PREFILL = 12, 9
+TOKENS = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, 11)
+SEGMENT_IDS = jnp.array([[1] * 5 + [2] * 7, [0] * 2 + [3] * 8 + [0] * 2])
+
+
+def make(mixer: str, **fields) -> LanguageModel:
+    return LanguageModel(vocab_size=11, d_model=16, n_layers=2, pattern=(mixer,), mlp=None, **fields)
+
+
+def differentiated(model: LanguageModel, variables):
+    """Logits, final state, and the gradient by the parameters."""
+
+    def loss(variables):
+        logits, state = model.apply(variables, TOKENS, segment_ids=SEGMENT_IDS)
+        return (logits * jnp.cos(jnp.arange(logits.size)).reshape(logits.shape)).sum(), (logits, state)
+
+    (_, outcome), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
+    return {"outcome": outcome, "gradient": gradient}
+
+
+def unrolled(variables):
+    """Parameters stacked over the layers, numbered instead."""
+    stack = variables["params"]["stack"]
+    rounds = {f"round_{i}": jax.tree.map(lambda x, i=i: x[i], stack["rounds"]) for i in range(2)}
+    return {"params": {**variables["params"], "stack": rounds}}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_scan_and_recomputation_change_nothing(mixer):
+    variables = jax.jit(make(mixer).init)(jax.random.key(0), TOKENS)
+    expected = differentiated(make(mixer), variables)
+    found = differentiated(make(mixer, remat="full"), variables)
+    for part, value in expected.items():
+        assert_close(found[part], value, TOLERANCES["model"], f"{mixer}, recomputed: {part}")
+    found = differentiated(make(mixer, scan=False), unrolled(variables))
+    expected["gradient"] = unrolled(expected["gradient"])
+    for part, value in expected.items():
+        assert_close(found[part], value, TOLERANCES["model"], f"{mixer}, unrolled: {part}")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_prefill_and_decode_equal_the_whole(mixer):
+    model = make(mixer)
+    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+    apply = jax.jit(model.apply)
+    expected = apply(variables, TOKENS, model.initial_state(2, LENGTH), SEGMENT_IDS)
+    state, logits = model.initial_state(2, LENGTH), []
+    for start, end in [(0, PREFILL), *((t, t + 1) for t in range(PREFILL, LENGTH))]:
+        o, state = apply(variables, TOKENS[:, start:end], state, SEGMENT_IDS[:, start:end])
+        logits.append(o)
+    found = jnp.concatenate(logits, axis=1), state
+    assert_close(found, expected, TOLERANCES["model"], f"{mixer}, decoded: ")

@@ -1,0 +1,47 @@
+"""Layers in an NNX model, through Flax's own bridge: the same outputs and state, nothing mutable, and it learns."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from seqmodels.registry import MIXERS, Entry
+from tests.conformance.compare import assert_equal
+
+X = jax.random.normal(jax.random.key(0), (2, 10, 16))
+
+
+def bridged(mixer: Entry) -> nnx.bridge.ToNNX:
+    return nnx.bridge.lazy_init(nnx.bridge.ToNNX(mixer.layer(d_model=16), rngs=nnx.Rngs(0)), X)
+
+
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_same_outputs_and_state_as_linen(mixer):
+    layer, model = mixer.layer(d_model=16), bridged(mixer)
+    assert not jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))), (
+        "a mutable collection"
+    )
+    variables = {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
+    start = layer.initial_state(2, 10)
+    for span, state in ((X[:, :9], start), (X[:, 9:], layer.apply(variables, X[:, :9], start)[1])):
+        assert_equal(model(span, state), layer.apply(variables, span, state), "through the bridge: ")
+
+
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_it_learns(mixer):
+    model = bridged(mixer)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    target = jnp.roll(X, 1, axis=1)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return jnp.mean((model(X)[0] - target) ** 2)
+
+        value, gradient = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradient)
+        return value
+
+    losses = [float(step(model, optimizer)) for _ in range(5)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
