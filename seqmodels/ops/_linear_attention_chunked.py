@@ -30,12 +30,12 @@ half of one block. With m the first position of the later half,
 
 is a product of matrices for every level, and dY is dQ in the later halves, dK in the earlier ones.
 
-Everything below is written for one row of the batch.
+The equations are written for one chunk of one row of the batch; `_scan_chunks` takes them to the others.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,17 +70,39 @@ def chunked(
     size = chunk_size or min(DEFAULT_CHUNK, -(-length // SMALLEST_CHUNK) * SMALLEST_CHUNK)
     if g is not None and g.ndim == 4:
         size = 1 << (size - 1).bit_length()
-    index = None
+    index = incoming = None
     if docs is not None:
         k = jnp.where(docs.real[..., None, None], k, 0)
         if g is not None:
             g = jnp.where(docs.real.reshape(docs.real.shape + (1,) * (g.ndim - 2)), g, 0)
         index = _scan.pad_time(docs.index, size, "edge")
-    q, k, v = (_scan.pad_time(x, size) for x in (q, k, v))
-    g = None if g is None else _scan.pad_time(g, size)
-    o, S, z = _run(q, k, v, g, S, z, index, scale, size)
-    o = o[:, :length]
+        incoming = jnp.pad(index[:, size - 1 : -1 : size], ((0, 0), (1, 0)))
+        index = _cut(index, size)
+    g = None if g is None else g.reshape(*g.shape[:3], -1)
+    q, k, v, g = (None if x is None else _cut(_scan.pad_time(x, size), size) for x in (q, k, v, g))
+    o, S, z = _run(_Inputs(q, k, v, g, index, incoming), S, z, scale)
+    o = o.reshape(o.shape[0], -1, *o.shape[3:])[:, :length]
     return o if docs is None else jnp.where(docs.real[..., None, None], o, 0), S, z
+
+
+def _cut(x: Array, size: int) -> Array:
+    """[b, t, ...] -> [b, n, c, ...]."""
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+class _Inputs(NamedTuple):
+    """The arrays in chunks, [b, n, c, ...]; inside a scan those of one chunk of one row, [c, ...].
+
+    index     [b, n, c]: that of `Documents`
+    incoming  [b, n]: the document of the state that enters the chunk
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    g: Array | None
+    index: Array | None
+    incoming: Array | None
 
 
 class _Chunk(NamedTuple):
@@ -108,29 +130,28 @@ class _Chunk(NamedTuple):
         return self.b is not None and self.b.shape[-1] > 1
 
 
-def _chunk(n: Array, size: int, q: Array, k: Array, v: Array, g: Array | None, index: Array | None, scale: float):
-    """Cut chunk `n` out of the arrays and work out its weights."""
+def _chunk(inputs: _Inputs, scale: float) -> _Chunk:
+    """One chunk and its weights."""
+    q, k, v, g, index, incoming = inputs
     dtype = _scan.state_dtype(q, k, v, g)
-    groups = v.shape[1] // q.shape[1]
-    q, k, v = (_cut(x, n, size).astype(dtype) for x in (q, k, v))
+    size, groups = q.shape[0], v.shape[1] // q.shape[1]
+    q, k, v = (_swap(x).astype(dtype) for x in (q, k, v))
     q, k = (jnp.repeat(x, groups, axis=0) for x in (q * scale, k))
     pairs, enter, leave, through, b = _triangle(size, bool), 1.0, 1.0, 1.0, None
     if g is not None:
-        b = _sum_to(_cut(g.reshape(*g.shape[:2], -1), n, size).astype(dtype))
+        b = _sum_to(_swap(g).astype(dtype))
         last = b[:, -1:]
         enter, leave, through = jnp.exp(b), jnp.exp(last - b), jnp.exp(last[:, 0])
     if index is not None:
-        ids = jax.lax.dynamic_slice_in_dim(index, n * size, size)
-        before = jax.lax.dynamic_index_in_dim(index, jnp.maximum(n * size - 1, 0), keepdims=False)
-        first, last = (ids == jnp.where(n > 0, before, 0))[:, None], (ids == ids[-1])[:, None]
-        pairs = pairs & (ids[:, None] == ids)
+        first, last = (index == incoming)[:, None], (index == index[-1])[:, None]
+        pairs = pairs & (index[:, None] == index)
         enter, leave, through = enter * first, leave * last, through * first[-1]
     return _Chunk(q, k, v, b, pairs, enter, leave, through)
 
 
-def _cut(x: Array, n: Array, size: int) -> Array:
-    """Chunk `n` of [t, h, d], as [h, c, d]."""
-    return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(x, n * size, size), 0, 1)
+def _swap(x: Array) -> Array:
+    """Time and heads of a chunk, swapped."""
+    return jnp.swapaxes(x, 0, 1)
 
 
 def _triangle(size: int, dtype: jnp.dtype) -> Array:
@@ -259,66 +280,79 @@ def _backward(x: _Chunk, S: Array, z: Array | None, after: tuple, d_after: tuple
     return dq, dk, dv, dg, dS, dz
 
 
-def _over_batch(row: Callable, *arrays: Array | None):
-    """`row` on every row of the batch: side by side, but one after another on a CPU, whose cache holds one row's chunk.
+def _scan_chunks(body: Callable, states: Any, arrays: Any, reverse: bool = False) -> tuple[Any, Any]:
+    """Scan `body(state, chunk) -> (state, outputs)` over the chunks of every row of `arrays`, [b, n, ...] each.
 
+    Rows run side by side, except on a CPU, whose cache holds the chunk of one row: there it is one row after another.
     Rows that a mesh may have spread over devices stay side by side.
     """
-    together, in_turn = jax.vmap(row), lambda *x: jax.lax.map(lambda one: row(*one), x)
+    batch, count = jax.tree.leaves(arrays)[0].shape[:2]
+
+    def take(arrays: Any, n: Array, axis: int) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, n, axis, keepdims=False), arrays)
+
+    def side_by_side(states: Any, arrays: Any) -> tuple[Any, Any]:
+        def step(states: Any, n: Array) -> tuple[Any, Any]:
+            return jax.vmap(body)(states, take(arrays, n, axis=1))
+
+        states, outputs = jax.lax.scan(step, states, jnp.arange(count), reverse=reverse)
+        return states, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs)
+
+    def in_turn(states: Any, arrays: Any) -> tuple[Any, Any]:
+        end_to_end = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
+
+        def one_row(row: tuple) -> tuple[Any, Any]:
+            state, numbers = row
+            return jax.lax.scan(lambda s, n: body(s, take(end_to_end, n, axis=0)), state, numbers, reverse=reverse)
+
+        return jax.lax.map(one_row, (states, jnp.arange(batch * count).reshape(batch, count)))
+
     mesh = jax.sharding.get_abstract_mesh()
     spread = not (mesh.empty or mesh.are_all_axes_manual or mesh.size == 1)
-    if arrays[0].shape[0] == 1 or spread:
-        return together(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=in_turn, default=together)
+    if batch == 1 or spread:
+        return side_by_side(states, arrays)
+    return jax.lax.platform_dependent(states, arrays, cpu=in_turn, default=side_by_side)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _run(q, k, v, g, S, z, index, scale: float, size: int):
-    o, S, z, _ = _run_chunks(q, k, v, g, S, z, index, scale, size)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _run(inputs: _Inputs, S: Array, z: Array | None, scale: float):
+    o, (S, z), _ = _run_chunks(inputs, (S, z), scale)
     return o, S, z
 
 
-def _run_chunks(q, k, v, g, S, z, index, scale: float, size: int):
-    """The scan over chunks; also the states that entered each chunk."""
+def _run_chunks(inputs: _Inputs, state: tuple, scale: float):
+    """Outputs, the final state, and the states that entered each chunk."""
 
-    def row(q, k, v, g, S, z, index):
-        def body(state, n):
-            x = _chunk(n, size, q, k, v, g, index, scale)
-            o, *after = _forward(x, *state)
-            return tuple(after), (jnp.swapaxes(o, 0, 1).astype(v.dtype), state)
+    def body(state: tuple, inputs: _Inputs):
+        o, *after = _forward(_chunk(inputs, scale), *state)
+        return tuple(after), (_swap(o).astype(inputs.v.dtype), state)
 
-        (S, z), (o, entered) = jax.lax.scan(body, (S, z), jnp.arange(q.shape[0] // size))
-        return o.reshape(v.shape), S, z, entered
-
-    return _over_batch(row, q, k, v, g, S, z, index)
+    state, (o, entered) = _scan_chunks(body, state, inputs)
+    return o, state, entered
 
 
-def _run_forward(q, k, v, g, S, z, index, scale: float, size: int):
-    o, S, z, entered = _run_chunks(q, k, v, g, S, z, index, scale, size)
+def _run_forward(inputs: _Inputs, S: Array, z: Array | None, scale: float):
+    o, final, entered = _run_chunks(inputs, (S, z), scale)
     kept = o if z is not None else None
-    return (o, S, z), (q, k, v, g, index, entered, (S, z), kept)
+    return (o, *final), (inputs, entered, final, kept)
 
 
-def _run_backward(scale: float, size: int, residuals, cotangents):
-    def row(q, k, v, g, index, entered, final, o, do, dS, dz):
-        inputs = (q, k, v) if g is None else (q, k, v, g)
-        groups = v.shape[1] // q.shape[1]
+def _run_backward(scale: float, residuals: tuple, cotangents: tuple):
+    inputs, entered, final, o = residuals
+    do, *d_final = cotangents
+    groups = inputs.v.shape[3] // inputs.q.shape[3]
 
-        def body(carry, position):
-            n, state = position
-            after, d_after = carry
-            x = _chunk(n, size, q, k, v, g, index, scale)
-            o_n, do_n = (None if y is None else _cut(y, n, size).astype(x.q.dtype) for y in (o, do))
-            dq, dk, dv, dg, dS, dz = _backward(x, *state, after, d_after, o_n, do_n)
-            dq, dk = (y.reshape(-1, groups, *y.shape[1:]).sum(axis=1) for y in (dq * scale, dk))
-            grads = (jnp.swapaxes(y, 0, 1).astype(like.dtype) for y, like in zip((dq, dk, dv, dg), inputs))
-            return (state, (dS, dz)), tuple(grads)
+    def body(carry: tuple, chunk: tuple):
+        (after, d_after), (inputs, state, o, do) = carry, chunk
+        x = _chunk(inputs, scale)
+        o, do = (None if y is None else _swap(y).astype(x.q.dtype) for y in (o, do))
+        dq, dk, dv, dg, *d_state = _backward(x, *state, after, d_after, o, do)
+        dq, dk = (y.reshape(-1, groups, *y.shape[1:]).sum(axis=1) for y in (dq * scale, dk))
+        grads = zip((dq, dk, dv, dg), inputs)
+        return (state, tuple(d_state)), tuple(None if y is None else _swap(y).astype(x.dtype) for y, x in grads)
 
-        chunks = (jnp.arange(q.shape[0] // size), entered)
-        (_, (dS, dz)), grads = jax.lax.scan(body, (final, (dS, dz)), chunks, reverse=True)
-        return *(y.reshape(x.shape) for y, x in zip(grads, inputs)), *(None,) * (4 - len(inputs)), dS, dz, None
-
-    return _over_batch(row, *residuals, *cotangents)
+    (_, d_state), grads = _scan_chunks(body, (final, tuple(d_final)), (inputs, entered, o, do), reverse=True)
+    return _Inputs(*grads, index=None, incoming=None), *d_state
 
 
 _run.defvjp(_run_forward, _run_backward)

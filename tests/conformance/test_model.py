@@ -1,5 +1,7 @@
 """A stack of any mixer: scan over layers equals unrolled, recomputation equals none, decoding equals the whole."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -16,6 +18,11 @@ SEGMENT_IDS = jnp.array([[1] * 5 + [2] * 7, [0] * 2 + [3] * 8 + [0] * 2])
 
 def make(mixer: str, **fields) -> LanguageModel:
     return LanguageModel(vocab_size=11, d_model=16, n_layers=2, pattern=(mixer,), mlp=None, **fields)
+
+
+@functools.cache
+def variables_of(mixer: str):
+    return jax.jit(make(mixer).init)(jax.random.key(0), TOKENS[:, :1])
 
 
 def differentiated(model: LanguageModel, variables):
@@ -36,9 +43,11 @@ def unrolled(variables):
     return {"params": {**variables["params"], "stack": rounds}}
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(name, marks=pytest.mark.xdist_group(f"model of {name}")) for name in MIXERS]
+)
 def test_scan_and_recomputation_change_nothing(mixer):
-    variables = jax.jit(make(mixer).init)(jax.random.key(0), TOKENS)
+    variables = variables_of(mixer)
     expected = differentiated(make(mixer), variables)
     found = differentiated(make(mixer, remat="full"), variables)
     for part, value in expected.items():
@@ -49,10 +58,11 @@ def test_scan_and_recomputation_change_nothing(mixer):
         assert_close(found[part], value, TOLERANCES["model"], f"{mixer}, unrolled: {part}")
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(name, marks=pytest.mark.xdist_group(f"model of {name}")) for name in MIXERS]
+)
 def test_prefill_and_decode_equal_the_whole(mixer):
-    model = make(mixer)
-    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+    model, variables = make(mixer), variables_of(mixer)
     apply = jax.jit(model.apply)
     expected = apply(variables, TOKENS, model.initial_state(2, LENGTH), SEGMENT_IDS)
     state, logits = model.initial_state(2, LENGTH), []
