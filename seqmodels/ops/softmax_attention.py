@@ -51,7 +51,7 @@ def softmax_attention(
     sinks: int = 0,
     capacity: int | None = None,
     initial_state: KVCache | None = None,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: SegmentIds | Documents | None = None,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -146,16 +146,17 @@ def _checked_cache(cache: KVCache, shape: tuple[int, ...], window: int | None) -
 
 
 def _check_room(
-    cache: KVCache | None, segment_ids: SegmentIds | None, batch: int, length: int, capacity: int
+    cache: KVCache | None, segment_ids: SegmentIds | Documents | None, batch: int, length: int, capacity: int
 ) -> None:
     """Refuse a document that outgrows the cache, where the lengths are known."""
     if cache is None and length <= capacity:
         return
     before = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
-    if any(isinstance(x, jax.core.Tracer) for x in (before, segment_ids)):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((before, segment_ids))):
         return
     with jax.ensure_compile_time_eval():
-        docs = None if segment_ids is None else _scan.documents(segment_ids)
+        known = segment_ids is None or isinstance(segment_ids, Documents)
+        docs = segment_ids if known else _scan.documents(segment_ids)
         query = reach(before, docs, length)
         needed = int(jnp.max(query.rank - query.first)) + 1
     if needed > capacity:
