@@ -12,6 +12,7 @@ PACKAGE = REPOSITORY / "seqmodels"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "notation": set(),
+    "start_up": set(),
     "ops": set(),
     "layers": {"ops"},
     "registry": {"ops", "layers"},

@@ -1,13 +1,16 @@
 """Checkpoints: bit for bit, verified, safe against kills, flipped bytes, full disks, and other meshes."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -418,7 +421,8 @@ def unprivileged():
 
 
 def test_a_folder_that_may_only_be_read_can_be_read_but_not_trained_in(copy):
-    for folder in (copy, *copy.parents[:3]):
+    ours = itertools.takewhile(lambda folder: folder != Path(tempfile.gettempdir()), copy.parents)
+    for folder in (copy, *ours):
         folder.chmod(0o755)
     with unprivileged():
         assert bits(restore_parameters(copy).state) == bits(make_state(20).params)

@@ -192,9 +192,9 @@ def test_the_last_binding_wins():
 
 
 def test_includes_are_found_beside_the_file_in_the_directory_and_in_the_repository(tmp_path, monkeypatch):
-    write("configs/sizes/tiny.gin", "Pairs.count = 1")
+    write("configs/sizes/toy.gin", "Pairs.count = 1")
     write("configs/tasks/near.gin", "Pairs.kind = 'far'")
-    write("configs/tasks/x.gin", "include 'near.gin'\ninclude 'configs/sizes/tiny.gin'")
+    write("configs/tasks/x.gin", "include 'near.gin'\ninclude 'configs/sizes/toy.gin'")
     config.parse(["configs/tasks/x.gin"])
     assert (Pairs().count, Pairs().kind) == (1, "far")
 
@@ -202,8 +202,8 @@ def test_includes_are_found_beside_the_file_in_the_directory_and_in_the_reposito
     monkeypatch.chdir(tmp_path / "elsewhere")
     path = tmp_path / "configs" / "tasks" / "x.gin"
     message = error_of(lambda: config.parse([path]))
-    assert f"{path}:2: cannot include 'configs/sizes/tiny.gin': there is no {tmp_path}" in message
-    assert str(tmp_path / "elsewhere" / "configs" / "sizes" / "tiny.gin") in message
+    assert f"{path}:2: cannot include 'configs/sizes/toy.gin': there is no {tmp_path}" in message
+    assert str(tmp_path / "elsewhere" / "configs" / "sizes" / "toy.gin") in message
     monkeypatch.setattr("seqmodels.config._reading._REPOSITORY", tmp_path)
     config.parse([path])
     assert Pairs().count == 1
