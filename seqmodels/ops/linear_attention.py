@@ -74,7 +74,7 @@ def linear_attention(
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
-    chunk_size: positions per chunk; None is 64. A size that is not a multiple of 16 costs decay per channel its blocks.
+    chunk_size: positions per chunk; None is 64. With decay per channel it is rounded up to a power of two.
 
     Raises InputError where shapes disagree.
     """
