@@ -26,11 +26,11 @@ TOLERANCES: dict[str, float] = {
     "jit": 2**5 * FLOAT32,
 }
 
-# Low precision: a form's error may be this many times that of the recurrent form at the same precision, plus a
-# floor: the rounding of arguments and results, one epsilon of their dtype; and that of log decays, which a chunked form
-# sums over the 2**6 positions of a chunk before it exponentiates, as it does their gradients: as many of float32.
+# Low precision: a form's error may be this many times that of the recurrent form at the same precision, plus a floor.
+# The floor is the rounding of arguments and results, one epsilon of their dtype, and that of a log decay summed over a
+# chunk before it is exponentiated: the sum's size, about 2**6, times half an epsilon of float32.
 PRECISION_MULTIPLE = 4.0
 
 
 def precision_floor(dtype: jnp.dtype) -> float:
-    return float(jnp.finfo(dtype).eps) + 2**6 * FLOAT32
+    return float(jnp.finfo(dtype).eps) + 2**5 * FLOAT32

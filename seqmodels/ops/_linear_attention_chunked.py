@@ -16,10 +16,11 @@ recomputes the rest. With dO, dS', dz' the cotangents and N, M those of the nume
     dQ = exp(b) * (N S^T + M z^T) + (row side of dA)                                                              (6)
     dK = exp(b_C - b) * (V dS'^T + 1 dz'^T) + (column side of dA)                                                 (7)
     dS = exp(b_C) dS' + (Q * exp(b))^T N                    dz likewise with M                                    (8)
-    dg_t = sum_{i >= t} (q_i dq_i - k_i dk_i) + <dS', S'> + <dz', z'>                                             (9)
+    dg_t = sum_{j < t <= i} dA_ij A_ij + sum_{i >= t} e_i + sum_{j < t} l_j + exp(b_C) (<dS', S> + <dz', z>)       (9)
 
-(9) needs no derivative of an exponential: a query carries exp(+b), a key exp(-b). Documents are masks on (1) to (3);
-they leave (9) as it is, since what is masked contributes nothing to either product.
+where e and l are the products of Q * exp(b) and of K * exp(b_C - b) with their cotangents. (9) sums what crosses
+position t, each term once: the shorter sum_{i >= t} (q_i dq_i - k_i dk_i) + <dS', S'> is the same but adds and takes
+away all that lies on one side of t, which costs digits. Documents are masks on (1) to (3) and need nothing more.
 
 Decay per channel does not factor out of (1), and exp(b_i) exp(-b_j) overflows. So each pair j < i is met halfway: cut
 the chunk into blocks of 2, 4, 8, ... positions; at exactly one of these levels i is in the later and j in the earlier
@@ -28,7 +29,8 @@ half of one block. With m the first position of the later half,
     Y_t  = (q_t if t is in a later half, else k_t) * exp(-|b_t - b_m|)          A_ij = sum_k Y_ik Y_jk            (10)
     dY   = (dA + dA^T) Y on the pairs of that level, times exp(-|b - b_m|)                                        (11)
 
-is a product of matrices for every level, and dY is dQ in the later halves, dK in the earlier ones.
+is a product of matrices for every level, and dY is dQ in the later halves, dK in the earlier ones. Here the first sum
+of (9), a matrix for every channel, is taken as sum_{i >= t} (q_i dq_i - k_i dk_i) over the dQ, dK that come from dA.
 
 The equations are written for one chunk of one row of the batch; `_scan_chunks` takes them to the others.
 """
@@ -168,6 +170,11 @@ def _sum_from(x: Array) -> Array:
     return jnp.matmul(_triangle(x.shape[-2], x.dtype).T, x, precision="highest")
 
 
+def _sum_before(x: Array) -> Array:
+    """Sum over the positions of the chunk before each one."""
+    return jnp.matmul(_triangle(x.shape[-2], x.dtype) - jnp.eye(x.shape[-2], dtype=x.dtype), x, precision="highest")
+
+
 def _scores(x: _Chunk) -> Array:
     """A of equation (1)."""
     if not x.decays_per_channel:
@@ -245,9 +252,9 @@ def _denominator(A: Array, q_in: Array, z: Array) -> Array:
     return (A.sum(axis=-1) + jnp.einsum("hck,hk->hc", q_in, z) + EPSILON)[..., None]
 
 
-def _backward(x: _Chunk, S: Array, z: Array | None, after: tuple, d_after: tuple, o: Array | None, do: Array):
+def _backward(x: _Chunk, S: Array, z: Array | None, d_after: tuple, o: Array | None, do: Array):
     """Equations (5) to (9) for one chunk: cotangents of q (scaled), k, v, g and of the state that entered."""
-    (S_after, z_after), (dS_after, dz_after) = after, d_after
+    dS_after, dz_after = d_after
     A, q_in, k_out = _scores(x), x.q * x.enter, x.k * x.leave
     through = jnp.asarray(x.through)
     N, M = do, None
@@ -266,18 +273,26 @@ def _backward(x: _Chunk, S: Array, z: Array | None, after: tuple, d_after: tuple
         dz = through * dz_after + jnp.sum(q_in * M, axis=-2)
     dv = jnp.einsum("hij,hiv->hjv", A, N) + k_out @ dS_after
     dq, dk = _scores_backward(x, dA)
-    dq = dq + dq_in * x.enter
-    dk = dk + dk_out * x.leave
     dg = None
     if x.b is not None:
-        at_end = jnp.sum(dS_after * S_after, axis=-1)
+        kept = jnp.sum(dS_after * S, axis=-1)
         if z is not None:
-            at_end = at_end + dz_after * z_after
-        db, at_end = x.q * dq - x.k * dk, at_end[:, None]
+            kept = kept + dz_after * z
+        dg = [q_in * dq_in, k_out * dk_out, (through * kept)[:, None]]
         if not x.decays_per_channel:
-            db, at_end = (y.sum(axis=-1, keepdims=True) for y in (db, at_end))
-        dg = _sum_from(db) + at_end
-    return dq, dk, dv, dg, dS, dz
+            dg = [y.sum(axis=-1, keepdims=True) for y in dg]
+        dg = _sum_from(dg[0]) + _sum_before(dg[1]) + dg[2]
+        if x.decays_per_channel:
+            dg = dg + _sum_from(x.q * dq - x.k * dk)
+        else:
+            dg = dg + _across(dA * A)
+    return dq + dq_in * x.enter, dk + dk_out * x.leave, dv, dg, dS, dz
+
+
+def _across(pairs: Array) -> Array:
+    """Sum of `pairs` [hv, i, j] over j < t <= i, for every t: [hv, t, 1]."""
+    before = jnp.tril(jnp.ones(pairs.shape[-2:], bool), -1)
+    return jnp.sum(jnp.where(before, _sum_from(pairs), 0), axis=-1, keepdims=True)
 
 
 def _scan_chunks(body: Callable, states: Any, arrays: Any, reverse: bool = False) -> tuple[Any, Any]:
@@ -334,24 +349,24 @@ def _run_chunks(inputs: _Inputs, state: tuple, scale: float):
 def _run_forward(inputs: _Inputs, S: Array, z: Array | None, scale: float):
     o, final, entered = _run_chunks(inputs, (S, z), scale)
     kept = o if z is not None else None
-    return (o, *final), (inputs, entered, final, kept)
+    return (o, *final), (inputs, entered, kept)
 
 
 def _run_backward(scale: float, residuals: tuple, cotangents: tuple):
-    inputs, entered, final, o = residuals
+    inputs, entered, o = residuals
     do, *d_final = cotangents
     groups = inputs.v.shape[3] // inputs.q.shape[3]
 
-    def body(carry: tuple, chunk: tuple):
-        (after, d_after), (inputs, state, o, do) = carry, chunk
+    def body(d_after: tuple, chunk: tuple):
+        inputs, state, o, do = chunk
         x = _chunk(inputs, scale)
         o, do = (None if y is None else _swap(y).astype(x.q.dtype) for y in (o, do))
-        dq, dk, dv, dg, *d_state = _backward(x, *state, after, d_after, o, do)
+        dq, dk, dv, dg, *d_state = _backward(x, *state, d_after, o, do)
         dq, dk = (y.reshape(-1, groups, *y.shape[1:]).sum(axis=1) for y in (dq * scale, dk))
         grads = zip((dq, dk, dv, dg), inputs)
-        return (state, tuple(d_state)), tuple(None if y is None else _swap(y).astype(x.dtype) for y, x in grads)
+        return tuple(d_state), tuple(None if y is None else _swap(y).astype(x.dtype) for y, x in grads)
 
-    (_, d_state), grads = _scan_chunks(body, (final, tuple(d_final)), (inputs, entered, o, do), reverse=True)
+    d_state, grads = _scan_chunks(body, tuple(d_final), (inputs, entered, o, do), reverse=True)
     return _Inputs(*grads, index=None, incoming=None), *d_state
 
 

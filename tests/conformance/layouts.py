@@ -1,6 +1,7 @@
 """The rows that the laws are tried on: how documents and padding lie in a span, and where a span may be cut.
 
-Few distinct lengths, since each is a compilation: documents have 1 or C tokens, and 29 = 3C + 5.
+Lengths are chosen around the chunk: documents of 1, C - 1 and C tokens, spans of 1, C - 1, C, 3C + 5 and more.
+Few distinct numbers, since each is a compilation.
 """
 
 from typing import NamedTuple
@@ -19,20 +20,20 @@ def _row(*pieces: tuple[int, int]) -> list[int]:
     return [segment for segment, count in pieces for _ in range(count)]
 
 
-# Borders at chunk edges (8, 16, 24) and inside chunks, documents of one token; one id for two documents.
+# Borders at chunk edges (8, 16) and inside chunks, documents of one token; one id for two documents.
 PACKED = np.array(
     [
-        _row((5, 8), (2, 8), (9, 8), (5, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1)),
-        _row((1, 8), (2, 1), (3, 8), (4, 1), (5, 1), (6, 8), (7, 1), (8, 1), (9, 1)),
-        _row((3, 1), (1, 8), (3, 1), (4, 1), (8, 8), (9, 1), (2, 8), (5, 1), (6, 1)),
-        _row((1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 8), (2, 8), (4, 1), (3, 8)),
+        _row((5, 8), (2, 8), (9, 7), (5, 7)),
+        _row((1, 7), (2, 1), (3, 8), (4, 7), (5, 7)),
+        _row((3, 1), (1, 8), (3, 7), (8, 7), (2, 7)),
+        _row((1, 7), (2, 7), (3, 8), (4, 8)),
     ]
 )
 # Padding on the left, on the right, on both sides, between documents; a row of nothing else.
 PADDED = np.array(
     [
-        _row((0, 5), (4, 8), (6, 8), (0, 9)),
-        _row((7, 8), (0, 2), (8, 1), (0, 3), (7, 8), (0, 8)),
+        _row((0, 5), (4, 8), (6, 7), (0, 10)),
+        _row((7, 8), (0, 2), (8, 1), (0, 3), (7, 7), (0, 9)),
         _row((0, 30)),
         _row((0, 22), (1, 8)),
     ]
@@ -42,7 +43,7 @@ EVERY_TOKEN = np.tile(np.arange(1, LENGTH + 1), (BATCH, 1))
 LAYOUTS = {"one document": WHOLE, "packed": PACKED, "padded": PADDED, "a document per token": EVERY_TOKEN}
 
 THIRDS = (10, 10, 10)
-SPLITS = ((1, 29), (29, 1), THIRDS)
+SPLITS = ((1, 29), (29, 1), THIRDS, (7, 8, 7, 8))
 DECODE = (10, *(1,) * 20)
 
 

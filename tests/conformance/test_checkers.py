@@ -184,7 +184,7 @@ class AnotherStart(Retention):
 
     def initial_state(self, batch_size, capacity=None):
         state = super().initial_state(batch_size, capacity)
-        return state | {"memory": state["memory"] + 0.1}
+        return state | {"memory": state["memory"] + 1e-3}
 
 
 @pytest.mark.parametrize(("law", "layer"), [("split", WithoutCursor), ("start", AnotherStart)])
