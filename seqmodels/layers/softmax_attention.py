@@ -1,14 +1,15 @@
 """Causal softmax attention with rotary positions, grouped heads, a window and sink tokens."""
 
 from seqmodels.errors import InputError
-from seqmodels.layers._mixer import Mixer, MixerState, Stream, merge_heads, split_heads, start_cursor
+from seqmodels.layers._mixer import MixerState, Stream, merge_heads
+from seqmodels.layers._qkv_mixer import QKVMixer
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.notation import Activations, Array
 from seqmodels.ops.softmax_attention import empty_cache, softmax_attention
 
 
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(QKVMixer):
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762) as decoders use it.
 
     num_heads      query heads
@@ -20,9 +21,9 @@ class SoftmaxAttention(Mixer):
     sinks          number of first tokens that stay visible beside the window (Xiao et al. 2023, arXiv 2309.17453)
     rope_base      base of the rotary angles (Su et al. 2021, arXiv 2104.09864); None for no position encoding
     qk_norm        RMSNorm of each head's queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
+    conv_size      as in `QKVMixer`
     """
 
-    num_heads: int = 8
     num_kv_heads: int | None = None
     head_dim: int | None = None
     window: int | None = None
@@ -40,19 +41,24 @@ class SoftmaxAttention(Mixer):
     def channels(self) -> int:
         return self.head_dim or self.divide(self.d_model, self.num_heads, "d_model")
 
+    @property
+    def qkv_heads(self) -> tuple[int, int, int]:
+        return self.num_heads, self.kv_heads, self.kv_heads
+
+    @property
+    def qkv_widths(self) -> tuple[int, int, int]:
+        return tuple(heads * self.channels for heads in self.qkv_heads)
+
     def setup(self) -> None:
         self.divide(self.num_heads, self.kv_heads, "num_heads")
-        self.q_proj = self.dense(self.num_heads * self.channels)
-        self.k_proj, self.v_proj = (self.dense(self.kv_heads * self.channels) for _ in range(2))
-        self.o_proj = self.dense(self.d_model)
+        super().setup()
         if self.qk_norm:
             self.q_norm, self.k_norm = (
                 make_norm("rmsnorm", dtype=self.dtype, param_dtype=self.param_dtype) for _ in range(2)
             )
 
     def project(self, x: Activations, stream: Stream) -> dict:
-        q = split_heads(self.q_proj(x), self.num_heads)
-        k, v = (split_heads(project(x), self.kv_heads) for project in (self.k_proj, self.v_proj))
+        q, k, v = self.qkv(x, stream)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base is not None:
@@ -70,4 +76,4 @@ class SoftmaxAttention(Mixer):
                 "SoftmaxAttention.initial_state: capacity is needed without a window: the number of tokens to come"
             )
         cache = empty_cache(batch_size, capacity, self.kv_heads, self.channels, self.channels, self.dtype)
-        return {"cursor": start_cursor(batch_size), "memory": cache}
+        return self.state_around(cache, batch_size)

@@ -1,0 +1,49 @@
+"""What mixers of queries, keys and values share: the projections, and short convolutions after them."""
+
+from seqmodels.layers._mixer import Mixer, MixerState, ShortConvolution, Stream, split_heads, start_cursor
+from seqmodels.notation import Activations, Keys, Queries, Values
+from seqmodels.ops.short_conv import zero_inputs
+
+
+class QKVMixer(Mixer):
+    """Base class of mixers that project x to queries, keys and values, and their operator's outputs back.
+
+    num_heads   heads
+    conv_size   width of a short convolution with silu on q, k and v (So et al. 2021, arXiv 2109.08668); None for none
+    """
+
+    num_heads: int = 8
+    conv_size: int | None = None
+
+    @property
+    def qkv_heads(self) -> tuple[int, int, int]:
+        """Heads of the queries, of the keys and of the values."""
+        return (self.num_heads,) * 3
+
+    @property
+    def qkv_widths(self) -> tuple[int, int, int]:
+        """Channels of the queries, of the keys and of the values, over all heads."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        self.q_proj, self.k_proj, self.v_proj = map(self.dense, self.qkv_widths)
+        self.o_proj = self.dense(self.d_model)
+        if self.conv_size:
+            self.q_conv1d, self.k_conv1d, self.v_conv1d = (
+                ShortConvolution(width, self.conv_size, self.dtype, self.param_dtype) for width in self.qkv_widths
+            )
+
+    def qkv(self, x: Activations, stream: Stream) -> tuple[Queries, Keys, Values]:
+        """Projected, convolved where the layer does so, and split into heads."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv_size:
+            q, k, v = self.q_conv1d(q, stream), self.k_conv1d(k, stream), self.v_conv1d(v, stream)
+        return tuple(map(split_heads, (q, k, v), self.qkv_heads))
+
+    def state_around(self, memory: object, batch_size: int) -> MixerState:
+        """The state before the first token, with `memory` as the operator's part."""
+        state = {"cursor": start_cursor(batch_size), "memory": memory}
+        if self.conv_size:
+            for name, width in zip("qkv", self.qkv_widths, strict=True):
+                state[f"{name}_conv1d"] = zero_inputs(batch_size, self.conv_size, width)
+        return state
