@@ -20,6 +20,8 @@ TOLERANCES: dict[str, float] = {
     "extreme": 2**12 * FLOAT32,
     # A layer in float32 against itself: projections over 16 channels and the operator's sums, 2**8, gradients 2**2.
     "layer": 2**10 * FLOAT32,
+    # A kernel in float32 against the chunked form: sums over 256 positions, 2**8, gradients 2**2.
+    "kernel": 2**10 * FLOAT32,
     # A stack of layers with norms: each of its few layers adds to the error of a layer, and a norm may magnify it.
     "model": 2**12 * FLOAT32,
     # One program with and without fusion, in float32: contraction of products and sums, and their order, 2**5.

@@ -322,9 +322,7 @@ def _scan_chunks(body: Callable, states: Any, arrays: Any, reverse: bool = False
 
         return jax.lax.map(one_row, (states, jnp.arange(batch * count).reshape(batch, count)))
 
-    mesh = jax.sharding.get_abstract_mesh()
-    spread = not (mesh.empty or mesh.are_all_axes_manual or mesh.size == 1)
-    if batch == 1 or spread:
+    if batch == 1 or _scan.spread_over_devices():
         return side_by_side(states, arrays)
     return jax.lax.platform_dependent(states, arrays, cpu=in_turn, default=side_by_side)
 

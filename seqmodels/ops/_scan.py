@@ -100,3 +100,9 @@ def pad_time(x: Array, multiple: int, value: str = "zero") -> Array:
 def state_dtype(*arrays: Array | None) -> jnp.dtype:
     """float32, or float64 when an input is float64."""
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))
+
+
+def spread_over_devices() -> bool:
+    """Whether arrays may lie spread over the devices of the mesh in context; inside `jax.shard_map` they do not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not (mesh.empty or mesh.are_all_axes_manual or mesh.size == 1)

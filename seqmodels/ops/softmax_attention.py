@@ -8,7 +8,7 @@ a window those fewer than `window` positions away or among the first `sinks` of 
 
 Attention: Vaswani et al. 2017, arXiv 1706.03762. Grouped heads: Ainslie et al. 2023, arXiv 2305.13245. Sinks:
 Xiao et al. 2023, arXiv 2309.17453. The chunked form (_blockwise_attention.py) takes memory linear in the
-length, and with a window time too.
+length, and with a window time too. On TPU splash attention computes it where it can (_splash_attention.py).
 
     code    shape           dtype         meaning
     q       [b, t, h, k]    any float     queries; query head i reads key head i // (h // hk)
@@ -30,10 +30,10 @@ from jaxtyping import Float
 
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
-from seqmodels.ops import _dispatch, _scan
+from seqmodels.ops import _dispatch, _scan, _splash_attention
 from seqmodels.ops._blockwise_attention import Reach, blockwise_attention, product, reach, sees
 from seqmodels.ops._kv_cache import KVCache, append, emptied, empty_cache, enlarged
-from seqmodels.ops._op import Example, Inputs, Options, SeqOp
+from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
 __all__ = ["SOFTMAX_ATTENTION", "KVCache", "empty_cache", "softmax_attention"]
@@ -252,6 +252,22 @@ def _chunked(
     return o, _final_state(arrays, cache, docs, options)
 
 
+def _splash(
+    arrays: Inputs,
+    cache: KVCache,
+    docs: Documents | None,
+    chunk_size: int | None,
+    options: Options,
+    interpret: bool = False,
+) -> tuple[Array, KVCache]:
+    o = _splash_attention.attend(arrays, docs, chunk_size, options, interpret)
+    if docs is not None:
+        o = jnp.where(docs.real[..., None, None], o, 0)
+    query = reach(cache.length, docs, o.shape[1])
+    o = _nan_without_room(o, query.rank - query.first, cache, options)
+    return o, _final_state(arrays, cache, docs, options)
+
+
 def _parallel(
     arrays: Inputs, cache: KVCache, docs: Documents | None, chunk_size: int | None, options: Options
 ) -> tuple[Array, KVCache]:
@@ -336,6 +352,7 @@ SOFTMAX_ATTENTION = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked, "parallel": _parallel},
+    kernels={"pallas_tpu": Kernel("tpu", _splash_attention.supports, _splash)},
     summarize=_summarize,
     combine=_combine,
     apply=_apply,
