@@ -48,6 +48,8 @@ def accepts(hint: Any, value: Any) -> bool:
         return True
     if expected is type:
         return arguments[0] is Any or not isinstance(arguments[0], type) or issubclass(value, arguments[0])
+    if expected is collections.abc.Callable:
+        return not isinstance(value, type) or accepts(arguments[-1], Produced(value))
     if isinstance(value, tuple) and expected is tuple and arguments[-1] is not Ellipsis:
         return len(value) == len(arguments) and all(map(accepts, arguments, value))
     if isinstance(value, tuple | list):

@@ -316,11 +316,20 @@ def _scan_chunks(body: Callable, states: Any, arrays: Any, reverse: bool = False
     def in_turn(states: Any, arrays: Any) -> tuple[Any, Any]:
         end_to_end = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
 
-        def one_row(row: tuple) -> tuple[Any, Any]:
-            state, numbers = row
-            return jax.lax.scan(lambda s, n: body(s, take(end_to_end, n, axis=0)), state, numbers, reverse=reverse)
+        first = count - 1 if reverse else 0
 
-        return jax.lax.map(one_row, (states, jnp.arange(batch * count).reshape(batch, count)))
+        def step(carry: tuple, n: Array) -> tuple[tuple, Any]:
+            state, final = carry
+            row = n // count
+            start = take(states, row, axis=0)
+            state = jax.tree.map(partial(jnp.where, n % count == first), start, state)
+            state, outputs = body(state, take(end_to_end, n, axis=0))
+            put = partial(jax.lax.dynamic_update_index_in_dim, index=row, axis=0)
+            return (state, jax.tree.map(put, final, state)), outputs
+
+        carry = take(states, 0, axis=0), states
+        (_, final), outputs = jax.lax.scan(step, carry, jnp.arange(batch * count), reverse=reverse)
+        return final, jax.tree.map(lambda x: x.reshape(batch, count, *x.shape[1:]), outputs)
 
     if batch == 1 or _scan.spread_over_devices():
         return side_by_side(states, arrays)

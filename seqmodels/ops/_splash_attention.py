@@ -34,7 +34,7 @@ def supports(arrays: Inputs, options: Options) -> str | None:
 def attend(
     arrays: Inputs, docs: Documents | None, chunk_size: int | None, options: Options, interpret: bool = False
 ) -> Array:
-    """Outputs [b, t, h, v]; those of padding have no meaning. `chunk_size` is the largest block to take (at least 128)."""
+    """Outputs [b, t, h, v]; those of padding have no meaning. `chunk_size` bounds the blocks, of at least 128."""
     # Imported here: the module is slow to load and of use on TPU alone.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--tokens is {arguments.tokens}; expected at least 1")
 
     # After the command line is known to be right: these imports take seconds.
-    from seqmodels.start_up import prepare_jax
     from seqmodels.evaluation.generation import Sampling, encode_prompt, generate, until_separator
+    from seqmodels.start_up import prepare_jax
     from seqmodels.tools._runs import open_run
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)

@@ -28,7 +28,7 @@ class TrainingJob:
         batch_size: sequences per update, over all devices and processes.
         seq_len: tokens per sequence.
         steps: updates in the whole run; the schedule ends there.
-        seed: of the parameters, the order of the data, and dropout.
+        seed: of the parameters, the order of the data, and what a layer draws in training (dropout).
         accumulate: work a batch off in this many parts, to save memory; the result is the same.
         z_loss: coefficient of the squared log-normaliser; 1e-4 is usual.
         log_every: updates from one row of `metrics.jsonl` to the next.

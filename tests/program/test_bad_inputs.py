@@ -77,6 +77,7 @@ def assert_refused(ended: Ended, message: str) -> None:
         ("GatedLinearAttention.num_heads=3", "8 is not divisible by 3 heads"),
         ("LanguageModel.pattern=('retention', 'retention')", "n_layers = 1 is not a multiple of .* length 2"),
         ("LanguageModel.pattern=('retenton',)", "mixer 'retenton' does not exist; did you mean 'retention'"),
+        ("LanguageModel.mlp=@TextData", "mlp = @TextData: expected .*Module.*, got a constructor"),
         ("LanguageModel.remat='dot'", "remat = 'dot' does not exist; did you mean 'dots'"),
         ("LanguageModel.norm='rmsnrom'", "norm 'rmsnrom' does not exist; did you mean 'rmsnorm'"),
         ("GatedLinearAttention.form='chunkd'", "form='chunkd' .* did you mean 'chunked'"),

@@ -1,6 +1,5 @@
 """Checkpoints: bit for bit, verified, safe against kills, flipped bytes, full disks, and other meshes."""
 
-import contextlib
 import itertools
 import os
 import shutil
@@ -21,6 +20,7 @@ import pytest
 
 from seqmodels.errors import InputError
 from seqmodels.training.checkpoint import Checkpointer, _checksum, list_steps, restore_parameters
+from tests.permissions import unprivileged
 
 
 class TrainState(NamedTuple):
@@ -405,19 +405,6 @@ def test_parameters_alone_for_other_programs(copy):
     assert len(reports) == 1 and list_steps(copy) == [10, 20]
     with pytest.raises(InputError, match=r"the checkpoint of step 20 in .* is damaged"):
         restore_parameters(copy, step=20, report=reports.append)
-
-
-@contextlib.contextmanager
-def unprivileged():
-    """Permissions mean nothing to root, so be somebody else for a moment."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 def test_a_folder_that_may_only_be_read_can_be_read_but_not_trained_in(copy):

@@ -1,6 +1,5 @@
 """The folder of a run: created, continued, refused, locked; its metrics after a kill."""
 
-import contextlib
 import json
 import os
 import signal
@@ -12,25 +11,13 @@ import pytest
 
 from seqmodels.errors import InputError
 from seqmodels.training.run_directory import RunDirectory, read_metrics, source_revision
+from tests.permissions import unprivileged
 
 CONFIG = "# made by the config\nmodel.width = 64\nmodel.depth = 2\n"
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-@contextlib.contextmanager
-def unprivileged():
-    """Permissions mean nothing to root, so be somebody else for a moment."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 def test_a_new_run_then_the_same_again(tmp_path):
