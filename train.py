@@ -190,7 +190,7 @@ def write_sample(job: TrainingJob, params: Any) -> None:
         params,
         [prompt],
         max_tokens=job.sample_tokens,
-        sampling=Sampling(0.8, top_p=0.95),
+        sampling=Sampling(0.7, top_p=0.9),
         seed=job.seed,
     )
     text = tokenizer.decode(until_separator((int(row[0]) for row in rows), tokenizer))
