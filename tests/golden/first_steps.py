@@ -38,9 +38,13 @@ def measure(experiment: Path, folder: Path) -> Measured:
     register_constructors()
     try:
         config.parse([experiment])
-        job = TrainingJob()
+        return _measure_job(TrainingJob(), folder)
     finally:
+        # Not before: the layers read their bindings when the model is first called.
         config.clear()
+
+
+def _measure_job(job: TrainingJob, folder: Path) -> Measured:
     data = TextData(str(write_texts(folder / "texts"))) if isinstance(job.data, TextData) else job.data
     batches = data.train_batches(job.batch_size, job.seq_len, job.seed, transforms=job.transforms)
     mesh = make_mesh()
