@@ -209,8 +209,9 @@ def test_prediction_follows_the_growth_of_time(monkeypatch, power, skipped):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_an_interrupt_ends_every_worker():
+    # Too many runs to be done before the interrupt comes, however busy the machine.
     process = subprocess.Popen(
-        [sys.executable, "-m", "seqmodels.tools.benchmark", "forms", "--case", "none", *SMALL],
+        [sys.executable, "-m", "seqmodels.tools.benchmark", "forms", "--case", "none", *SMALL, "--repeats", "1000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
