@@ -37,6 +37,7 @@ from seqmodels.notation import (
     Values,
 )
 from seqmodels.ops import _dispatch, _scan
+from seqmodels.ops._arguments import check_qkv
 from seqmodels.ops._linear_attention_chunked import EPSILON, chunked
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
@@ -103,15 +104,7 @@ def zero_state(batch: int, heads: int, key_dim: int, value_dim: int, *, normaliz
 
 
 def _check(q: Array, k: Array, v: Array, g: Array | None) -> None:
-    if q.ndim != 4:
-        raise InputError(f"linear_attention: q has shape {q.shape}; expected [batch, time, heads, key channels]")
-    if k.shape != q.shape:
-        raise InputError(f"linear_attention: k has shape {k.shape}; expected {q.shape} as q has")
-    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % q.shape[2]:
-        raise InputError(
-            f"linear_attention: v has shape {v.shape}; expected [{q.shape[0]}, {q.shape[1]}, a multiple of "
-            f"{q.shape[2]} heads, value channels]"
-        )
+    check_qkv("linear_attention", q, k, v)
     heads = v.shape[2]
     decays = ((heads,), (*q.shape[:2], heads), (*q.shape[:2], heads, q.shape[3]))
     if g is not None and g.shape not in decays:
