@@ -78,6 +78,7 @@ class Case:
     tolerance        entry of the table of tolerances for sameness in `exact`
     splits           lengths of the spans into which the split law cuts
     is_extreme       whether gates or scores are at the edge of their range
+    is_slow          whether to leave it to `pytest -m slow`
     finds_starts     whether a document that starts with a span is told from one that goes on. An operator cannot
                      know: the state it is given belongs to the first document of the span
     """
@@ -90,7 +91,7 @@ class Case:
     tolerance: str
     splits: tuple[tuple[int, ...], ...]
     finds_starts: bool
-    is_extreme = False
+    is_extreme = is_slow = False
 
     def arrays(self, dtype: np.dtype, length: int, seed: int) -> Inputs:
         raise NotImplementedError
@@ -273,6 +274,7 @@ class LayerCase(Case):
 
     def __init__(self, name: str, entry: Entry, fields: Mapping[str, Any]):
         self.name, self.op, self.constructor, self.fields = name, entry.op, entry.layer, dict(fields)
+        self.is_slow = bool(fields)
 
     def __repr__(self) -> str:
         return ", ".join([self.name, *(f"{name}={value}" for name, value in self.fields.items())])

@@ -378,10 +378,10 @@ LAYER_LAWS: dict[str, Callable[[LayerCase], None]] = {
 def each_law_on_each_case(laws: dict[str, Callable], cases: Iterable[Case]) -> pytest.MarkDecorator:
     """Parametrises a test with `law` and `case`, but for laws that the operator says it cannot keep."""
     pairs = [(law, case) for case in cases for law in laws if law not in case.op.known_gaps]
+
+    def marks(case: Case) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.xdist_group(str(case)), *([pytest.mark.slow] if case.is_slow else [])]
+
     return pytest.mark.parametrize(
-        ("law", "case"),
-        [
-            pytest.param(laws[law], case, id=f"{case}: {law}", marks=pytest.mark.xdist_group(str(case)))
-            for law, case in pairs
-        ],
+        ("law", "case"), [pytest.param(laws[law], case, id=f"{case}: {law}", marks=marks(case)) for law, case in pairs]
     )
