@@ -49,8 +49,8 @@ class DeltaMixer(QKVMixer):
         width = self.key_dim * self.expand_v
         if width < 1 or width != int(width):
             raise InputError(
-                f"{type(self).__name__}: a value head has head_dim * expand_v = {width:g} channels; expected a positive "
-                "whole number"
+                f"{type(self).__name__}: a value head has head_dim * expand_v = {width:g} channels; expected a "
+                "positive whole number"
             )
         return int(width)
 

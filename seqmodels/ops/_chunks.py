@@ -8,8 +8,8 @@ that enters and S' the state that leaves. Everything that such an operator does 
     K * exp(b_C - b)                                          a key that writes to S'                              (3)
     exp(b_C)                                                  S in S'                                              (4)
 
-Every exponent is <= 0. Documents are masks on (1) to (4) and need nothing more. With dX the cotangent of X, and e, l the
-products of (2) and of (3) with their cotangents, summed over the channels that share a decay,
+Every exponent is <= 0. Documents are masks on (1) to (4) and need nothing more. With dX the cotangent of X, and e, l
+the products of (2) and of (3) with their cotangents, summed over the channels that share a decay,
 
     dg_t = sum_{j < t <= i} dA_ij A_ij + sum_{i >= t} e_i + sum_{j < t} l_j + exp(b_C) <dS', S>                    (5)
 

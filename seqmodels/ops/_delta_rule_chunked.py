@@ -10,10 +10,10 @@ the state that enters and S' the state that leaves:
     O    = A Y + (Q * exp(b)) S                                                                                   (5)
     S'   = exp(b_C) S + (K * exp(b_C - b))^T Y                                                                    (6)
 
-This is the WY form of a product of Householder-like matrices (Yang et al. 2024, arXiv 2406.06484, section 3; with decay,
-Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464; per channel, Kimi Team 2025, arXiv 2510.26692). One `lax.scan` walks the
-chunks; the backward pass walks them in reverse, holds one state per chunk, and recomputes the rest. With dX the cotangent
-of X, and R = diag(beta) E:
+This is the WY form of a product of Householder-like matrices (Yang et al. 2024, arXiv 2406.06484, section 3; with
+decay, Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464; per channel, Kimi Team 2025, arXiv 2510.26692). One `lax.scan`
+walks the chunks; the backward pass walks them in reverse, holds one state per chunk, and recomputes the rest. With dX
+the cotangent of X, and R = diag(beta) E:
 
     dY    = A^T dO + (K * exp(b_C - b)) dS'         dR = T^T dY         dE = diag(beta) dR         dV = dE         (7)
     dA    = dO Y^T         dG = -dE Y^T         dbeta = rowsum(dR * E) - rowsum((dR Y^T) * G)                      (8)

@@ -7,9 +7,9 @@ and S' the state that leaves:
     S'   = exp(b_C) S + (K * exp(b_C - b))^T V                                                                    (2)
     D    = A 1 + (Q * exp(b)) z;   z' = exp(b_C) z + (K * exp(b_C - b))^T 1      (normaliser; then O is O / D)    (3)
 
-(Yang et al. 2023, arXiv 2312.06635, section 4; Qin et al. 2024, arXiv 2401.04658 for scalar decay.) One `lax.scan` walks
-the chunks; the backward pass walks them in reverse, holds one state per chunk, and recomputes the rest. With dO, dS',
-dz' the cotangents and N, M those of the numerator and the denominator of (1), (3):
+(Yang et al. 2023, arXiv 2312.06635, section 4; Qin et al. 2024, arXiv 2401.04658 for scalar decay.) One `lax.scan`
+walks the chunks; the backward pass walks them in reverse, holds one state per chunk, and recomputes the rest. With dO,
+dS', dz' the cotangents and N, M those of the numerator and the denominator of (1), (3):
 
     dA = N V^T + M 1^T          dV = A^T N + (K * exp(b_C - b)) dS'                                                (4)
     dQ = exp(b) * (N S^T + M z^T) + (row side of dA)                                                              (5)

@@ -1,4 +1,4 @@
-"""The blocks around the delta rule against their papers' equations in NumPy; names, sizes and first values of parameters.
+"""The blocks around the delta rule against their papers in NumPy; names, sizes and first values of parameters.
 
 The names are those of flash-linear-attention's layers; Sequential's `f_proj.0` is `f_proj_0` here, a kernel is a weight
 transposed, a scale is a norm's weight.
