@@ -22,6 +22,7 @@ Values = Float[Array, "b t h v"]
 HeadDecay = Float[Array, "h"]
 ScalarDecay = Float[Array, "b t h"]
 ChannelDecay = Float[Array, "b t h k"]
+WriteStrength = Float[Array, "b t h"]
 MatrixState = Float[Array, "b h k v"]
 Normaliser = Float[Array, "b h k"]
 SegmentIds = Int[Array, "b t"]
@@ -42,4 +43,5 @@ __all__ = [
     "SegmentIds",
     "Tokens",
     "Values",
+    "WriteStrength",
 ]

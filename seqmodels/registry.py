@@ -9,12 +9,16 @@ from typing import NamedTuple
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.layers._mixer import Mixer
+from seqmodels.layers.delta_net import DeltaNet
+from seqmodels.layers.gated_delta_net import GatedDeltaNet
 from seqmodels.layers.gated_linear_attention import GatedLinearAttention
+from seqmodels.layers.kimi_delta_attention import KimiDeltaAttention
 from seqmodels.layers.lightning_attention import LightningAttention
 from seqmodels.layers.linear_attention import LinearAttention
 from seqmodels.layers.retention import Retention
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 from seqmodels.ops._op import SeqOp
+from seqmodels.ops.delta_rule import DELTA_RULE
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION
 from seqmodels.ops.short_conv import SHORT_CONV
 from seqmodels.ops.softmax_attention import SOFTMAX_ATTENTION
@@ -32,6 +36,9 @@ MIXERS: dict[str, Entry] = {
     "retention": Entry(LINEAR_ATTENTION, Retention),
     "lightning_attention": Entry(LINEAR_ATTENTION, LightningAttention),
     "gated_linear_attention": Entry(LINEAR_ATTENTION, GatedLinearAttention),
+    "delta_net": Entry(DELTA_RULE, DeltaNet),
+    "gated_delta_net": Entry(DELTA_RULE, GatedDeltaNet),
+    "kimi_delta_attention": Entry(DELTA_RULE, KimiDeltaAttention),
     "softmax_attention": Entry(SOFTMAX_ATTENTION, SoftmaxAttention),
 }
 

@@ -7,7 +7,10 @@
 """
 
 from seqmodels.layers._mixer import Mixer, Stream
+from seqmodels.layers.delta_net import DeltaNet
+from seqmodels.layers.gated_delta_net import GatedDeltaNet
 from seqmodels.layers.gated_linear_attention import GatedLinearAttention
+from seqmodels.layers.kimi_delta_attention import KimiDeltaAttention
 from seqmodels.layers.lightning_attention import LightningAttention
 from seqmodels.layers.linear_attention import LinearAttention
 from seqmodels.layers.mlp import GLU, SGLU, SwiGLU
@@ -18,7 +21,10 @@ from seqmodels.layers.softmax_attention import SoftmaxAttention
 __all__ = [
     "GLU",
     "SGLU",
+    "DeltaNet",
+    "GatedDeltaNet",
     "GatedLinearAttention",
+    "KimiDeltaAttention",
     "LightningAttention",
     "LinearAttention",
     "Mixer",

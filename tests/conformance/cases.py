@@ -38,6 +38,10 @@ OPTIONAL_FIELDS = {
     "qk_norm": True,
     "normalize": False,
     "output_norm": True,
+    "num_v_heads": 12,
+    "allow_neg_eigval": True,
+    "use_gate": True,
+    "lower_bound": -5.0,
 }
 
 

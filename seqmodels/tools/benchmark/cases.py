@@ -78,6 +78,18 @@ def _with_decay(shape: Callable[[Workload], tuple[int, ...]]) -> Callable[[Workl
     return make
 
 
+def _delta(make: Callable[[Workload, Random], Inputs]) -> Callable[[Workload, Random], Inputs]:
+    """With queries and keys of length 1, and a write strength of sigmoid(x) with x normal."""
+
+    def with_strength(workload: Workload, random: Random) -> Inputs:
+        arrays, options, cotangent = make(workload, random)
+        unit = {name: arrays[name] / np.linalg.norm(arrays[name], axis=-1, keepdims=True) for name in "qk"}
+        beta = 1 / (1 + np.exp(random.standard_normal(arrays["v"].shape[:3], np.float32)))
+        return Inputs({**arrays, **unit, "beta": beta}, options, cotangent)
+
+    return with_strength
+
+
 def _decay_per_head(workload: Workload, random: Random) -> Inputs:
     """The fixed slopes of lightning attention: 2^(-8 (h + 1) / heads)."""
     arrays, options, cotangent = _attention()(workload, random)
@@ -104,6 +116,11 @@ CASES: dict[str, dict[str, Callable[[Workload, Random], Inputs]]] = {
         "head": _decay_per_head,
         "scalar": _with_decay(lambda w: (w.batch, w.length, w.heads)),
         "channel": _with_decay(lambda w: (w.batch, w.length, w.heads, w.key_dim)),
+    },
+    "delta_rule": {
+        "none": _delta(_attention()),
+        "scalar": _delta(_with_decay(lambda w: (w.batch, w.length, w.heads))),
+        "channel": _delta(_with_decay(lambda w: (w.batch, w.length, w.heads, w.key_dim))),
     },
     "softmax_attention": {
         "causal": _attention(),

@@ -1,5 +1,6 @@
 """Functions of other libraries that compute what our operators do. Each is imported in the process that measures it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,6 +59,40 @@ def _fla_recurrent_channel(inputs: Inputs) -> Callable[..., Any]:
     from fla.ops.gla.naive import naive_recurrent_gla
 
     return lambda q, k, v, g: naive_recurrent_gla(q, k, v, g)[0]
+
+
+def _fla_chunk_delta(inputs: Inputs) -> Callable[..., Any]:
+    from fla.ops.delta_rule.naive import delta_rule_chunkwise
+
+    def run(q: Any, k: Any, v: Any, beta: Any) -> Any:
+        return delta_rule_chunkwise(*(x.transpose(1, 2) for x in (q, k, v, beta)))[0].transpose(1, 2)
+
+    return run
+
+
+def _fla_chunk_gated_delta(inputs: Inputs) -> Callable[..., Any]:
+    from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
+
+    return lambda q, k, v, g, beta: naive_chunk_gated_delta_rule(q, k, v, g, beta)[0]
+
+
+def _qwen3_next_gated_delta(inputs: Inputs) -> Callable[..., Any]:
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    in_torch = inspect.unwrap(torch_chunk_gated_delta_rule)  # not a kernel of fla, which is preferred where it imports
+    return lambda q, k, v, g, beta: in_torch(q, k, v, g, beta)[0]
+
+
+def _fla_chunk_kda(inputs: Inputs) -> Callable[..., Any]:
+    from fla.ops.kda.naive import naive_chunk_kda
+
+    return lambda q, k, v, g, beta: naive_chunk_kda(q, k, v, g, beta)[0]
+
+
+def _fla_recurrent_kda(inputs: Inputs) -> Callable[..., Any]:
+    from fla.ops.kda.naive import naive_recurrent_kda
+
+    return lambda q, k, v, g, beta: naive_recurrent_kda(q, k, v, g, beta)[0]
 
 
 def _minimax_lightning(inputs: Inputs) -> Callable[..., Any]:
@@ -130,6 +165,17 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer("linear_attention", ("head",), "transformers MiniMaxLightningAttention", "torch", _minimax_lightning),
     Peer("linear_attention", ("channel",), "fla naive_recurrent_gla", "torch", _fla_recurrent_channel),
+    Peer("delta_rule", ("none",), "fla delta_rule_chunkwise", "torch", _fla_chunk_delta),
+    Peer("delta_rule", ("scalar",), "fla naive_chunk_gated_delta_rule", "torch", _fla_chunk_gated_delta),
+    Peer(
+        "delta_rule",
+        ("scalar",),
+        "transformers torch_chunk_gated_delta_rule",
+        "torch",
+        _qwen3_next_gated_delta,
+    ),
+    Peer("delta_rule", ("channel",), "fla naive_chunk_kda", "torch", _fla_chunk_kda),
+    Peer("delta_rule", ("channel",), "fla naive_recurrent_kda", "torch", _fla_recurrent_kda),
     Peer("softmax_attention", ("causal",), "torch scaled_dot_product_attention", "torch", _torch_attention),
     Peer("softmax_attention", ("causal", "window"), "jax.nn.dot_product_attention", "jax", _jax_attention),
 )
