@@ -9,13 +9,19 @@ from typing import NamedTuple
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.layers._mixer import Mixer
+from seqmodels.layers.aaren import Aaren
 from seqmodels.layers.gated_linear_attention import GatedLinearAttention
 from seqmodels.layers.lightning_attention import LightningAttention
 from seqmodels.layers.linear_attention import LinearAttention
+from seqmodels.layers.mlstm import MLSTM
 from seqmodels.layers.retention import Retention
+from seqmodels.layers.rglru import RGLRU
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 from seqmodels.ops._op import SeqOp
+from seqmodels.ops.aaren import AAREN
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION
+from seqmodels.ops.mlstm import MLSTM as MLSTM_OP
+from seqmodels.ops.rglru import RGLRU as RGLRU_OP
 from seqmodels.ops.short_conv import SHORT_CONV
 from seqmodels.ops.softmax_attention import SOFTMAX_ATTENTION
 
@@ -32,6 +38,9 @@ MIXERS: dict[str, Entry] = {
     "retention": Entry(LINEAR_ATTENTION, Retention),
     "lightning_attention": Entry(LINEAR_ATTENTION, LightningAttention),
     "gated_linear_attention": Entry(LINEAR_ATTENTION, GatedLinearAttention),
+    "aaren": Entry(AAREN, Aaren),
+    "rglru": Entry(RGLRU_OP, RGLRU),
+    "mlstm": Entry(MLSTM_OP, MLSTM),
     "softmax_attention": Entry(SOFTMAX_ATTENTION, SoftmaxAttention),
 }
 
