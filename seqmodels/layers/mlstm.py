@@ -17,7 +17,8 @@ class MLSTM(QKVMixer):
 
     This is the layer of xLSTM 7B: keys half as wide as the values, capped gates, no convolution. In the block of the
     first paper a convolution comes before q and k; `conv_size` puts one on q, k and v. The gates start independent of
-    x, the input gates nearly closed (b_i = -10), the forget gates open, from b_f = 3 in the first head to 6 in the last.
+    x, the input gates nearly closed (b_i = -10), the forget gates open, from b_f = 3 in the first head to 6 in the
+    last.
 
     Parameters map onto `transformers`' xLSTM one to one: q, k, v, out_proj there are q_proj, k_proj, v_proj, o_proj
     here; igate_preact, fgate_preact, ogate_preact and multihead_norm are called the same.

@@ -169,7 +169,7 @@ def _run_backward(residuals: tuple, cotangents: tuple) -> tuple[_Inputs, AarenSt
 
 
 def _largest(inputs: _Inputs, first: AarenState, final: AarenState) -> tuple[Array, Array]:
-    """Which scores [b, n, c, h], or the incoming m [b, h], are the final m: True, more than once where they are equal."""
+    """Which scores [b, n, c, h], or the incoming m [b, h], are the final m: more than one where they are equal."""
     of_token = inputs.s == final.m[:, None, None]
     of_state = (first.m == final.m) & (first.u > 0)
     if inputs.real is not None:
