@@ -91,10 +91,11 @@ def _initial_state(arrays: Inputs, options: Options) -> AarenState:
 
 
 def _scores(arrays: Inputs, options: Options) -> Array:
-    """Equation (1), in the state's dtype. A sum, not a product of matrices: that would round on a TPU."""
+    """Equation (1), in the state's dtype and at full precision, which a TPU's products have only when asked."""
     k, query = arrays["k"], arrays["query"]
-    query = options["scale"] * query.astype(_scan.state_dtype(k, arrays["v"], query))
-    return jnp.sum(k * query, axis=-1)
+    dtype = _scan.state_dtype(k, arrays["v"], query)
+    query = options["scale"] * query.astype(dtype)
+    return jnp.einsum("...hk,hk->...h", k.astype(dtype), query, precision="highest")
 
 
 def _step(state: AarenState, arrays: Inputs, options: Options) -> tuple[AarenState, Array]:
