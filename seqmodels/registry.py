@@ -11,15 +11,21 @@ from seqmodels.errors import InputError, nearest
 from seqmodels.layers._mixer import Mixer
 from seqmodels.layers.delta_net import DeltaNet
 from seqmodels.layers.gated_delta_net import GatedDeltaNet
+from seqmodels.layers.aaren import Aaren
 from seqmodels.layers.gated_linear_attention import GatedLinearAttention
 from seqmodels.layers.kimi_delta_attention import KimiDeltaAttention
 from seqmodels.layers.lightning_attention import LightningAttention
 from seqmodels.layers.linear_attention import LinearAttention
+from seqmodels.layers.mlstm import MLSTM
 from seqmodels.layers.retention import Retention
+from seqmodels.layers.rglru import RGLRU
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 from seqmodels.ops._op import SeqOp
 from seqmodels.ops.delta_rule import DELTA_RULE
+from seqmodels.ops.aaren import AAREN
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION
+from seqmodels.ops.mlstm import MLSTM as MLSTM_OP
+from seqmodels.ops.rglru import RGLRU as RGLRU_OP
 from seqmodels.ops.short_conv import SHORT_CONV
 from seqmodels.ops.softmax_attention import SOFTMAX_ATTENTION
 
@@ -39,6 +45,9 @@ MIXERS: dict[str, Entry] = {
     "delta_net": Entry(DELTA_RULE, DeltaNet),
     "gated_delta_net": Entry(DELTA_RULE, GatedDeltaNet),
     "kimi_delta_attention": Entry(DELTA_RULE, KimiDeltaAttention),
+    "aaren": Entry(AAREN, Aaren),
+    "rglru": Entry(RGLRU_OP, RGLRU),
+    "mlstm": Entry(MLSTM_OP, MLSTM),
     "softmax_attention": Entry(SOFTMAX_ATTENTION, SoftmaxAttention),
 }
 

@@ -9,22 +9,30 @@
 from seqmodels.layers._mixer import Mixer, Stream
 from seqmodels.layers.delta_net import DeltaNet
 from seqmodels.layers.gated_delta_net import GatedDeltaNet
+from seqmodels.layers.aaren import Aaren
 from seqmodels.layers.gated_linear_attention import GatedLinearAttention
 from seqmodels.layers.kimi_delta_attention import KimiDeltaAttention
 from seqmodels.layers.lightning_attention import LightningAttention
 from seqmodels.layers.linear_attention import LinearAttention
-from seqmodels.layers.mlp import GLU, SGLU, SwiGLU
+from seqmodels.layers.mlp import GLU, SGLU, GeGLU, SwiGLU
+from seqmodels.layers.mlstm import MLSTM
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.retention import Retention
+from seqmodels.layers.rglru import RGLRU
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 
 __all__ = [
     "GLU",
+    "MLSTM",
+    "RGLRU",
     "SGLU",
     "DeltaNet",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "KimiDeltaAttention",
+    "Aaren",
+    "GatedLinearAttention",
+    "GeGLU",
     "LightningAttention",
     "LinearAttention",
     "Mixer",

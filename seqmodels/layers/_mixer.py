@@ -138,18 +138,30 @@ def start_cursor(batch_size: int) -> Cursor:
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution over `width` tokens, then silu; parameter `kernel` [width, features]."""
+    """Depthwise causal convolution over `width` tokens, then `activation`, None for none.
+
+    Parameters `kernel` [width, features], whose last row multiplies the current token, and with `use_bias` `bias`
+    [features].
+    """
 
     features: int
     width: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    use_bias: bool = False
+    activation: Callable[[Array], Array] | None = jax.nn.silu
+    kernel_init: Callable[..., Array] = nn.initializers.variance_scaling(
+        1 / 3, "fan_in", "uniform", in_axis=0, out_axis=()
+    )
 
     @nn.compact
     def __call__(self, x: Array, stream: Stream) -> Array:
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
-        kernel = self.param("kernel", init, (self.width, self.features), self.param_dtype)
-        return jax.nn.silu(stream(self.name, short_conv, x, kernel.astype(self.dtype)))
+        kernel = self.param("kernel", self.kernel_init, (self.width, self.features), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+        y = stream(self.name, short_conv, x, kernel.astype(self.dtype), bias)
+        return y if self.activation is None else self.activation(y)
 
 
 def split_heads(x: Array, heads: int) -> Array:

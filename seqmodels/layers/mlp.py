@@ -40,6 +40,12 @@ class SwiGLU(GLU):
     activation = staticmethod(jax.nn.silu)
 
 
+class GeGLU(GLU):
+    """Gated linear unit with a gelu gate: the feed-forward layer of Griffin and Gemma."""
+
+    activation = staticmethod(jax.nn.gelu)
+
+
 def _ungated(x: Array) -> Array:
     return x
 

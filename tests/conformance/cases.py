@@ -181,7 +181,7 @@ def cotangents(floats: Floats, weights: jax.Array) -> Floats:
         angles = w * jnp.arange(seed + 1, seed + 1 + x.size // weights.size)
         return (w * jnp.cos(angles)).reshape(x.shape).astype(x.dtype)
 
-    return {path: cotangent(x, seed) for seed, (path, x) in enumerate(floats.items())}
+    return {path: cotangent(floats[path], seed) for seed, path in enumerate(sorted(floats))}
 
 
 def weights(length: int) -> tuple[np.ndarray, np.ndarray]:

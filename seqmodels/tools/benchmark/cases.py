@@ -109,6 +109,28 @@ def _convolution(workload: Workload, random: Random) -> Inputs:
     return Inputs(arrays, {}, cotangent)
 
 
+def _learned_query(workload: Workload, random: Random) -> Inputs:
+    """Keys and values, and one query per head for all positions."""
+    arrays, _, cotangent = _attention()(workload, random)
+    query = random.standard_normal((workload.heads, workload.key_dim), np.float32)
+    return Inputs({"k": arrays["k"], "v": arrays["v"], "query": query}, {}, cotangent)
+
+
+def _griffin(workload: Workload, random: Random) -> Inputs:
+    """Decays between 0.9 and 0.999, raised to eight times a random gate, as in Griffin at the start of training."""
+    shape = (workload.batch, workload.length, workload.heads * workload.value_dim)
+    x, logits, cotangent = (random.standard_normal(shape, np.float32) for _ in range(3))
+    slowest = np.log(random.uniform(0.9, 0.999, shape[-1:]))
+    return Inputs({"x": x, "g": (8 * slowest / (1 + np.exp(-logits))).astype(np.float32)}, {}, cotangent)
+
+
+def _matrix_lstm(workload: Workload, random: Random) -> Inputs:
+    """A forget gate sigmoid(x + 4) and an input gate exp(y), x and y normal."""
+    arrays, options, cotangent = _attention()(workload, random)
+    f, i = (random.standard_normal(cotangent.shape[:3], np.float32) for _ in range(2))
+    return Inputs({**arrays, "g": -np.logaddexp(0, -f - 4), "i": i}, options, cotangent)
+
+
 CASES: dict[str, dict[str, Callable[[Workload, Random], Inputs]]] = {
     "linear_attention": {
         "none": _attention(),
@@ -127,4 +149,7 @@ CASES: dict[str, dict[str, Callable[[Workload, Random], Inputs]]] = {
         "window": _attention({"window": 512}),
     },
     "short_conv": {"width_4": _convolution},
+    "aaren": {"learned_query": _learned_query},
+    "rglru": {"griffin": _griffin},
+    "mlstm": {"gated": _matrix_lstm},
 }

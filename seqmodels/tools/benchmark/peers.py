@@ -146,6 +146,51 @@ def _jax_attention(inputs: Inputs) -> Callable[..., Any]:
     return lambda q, k, v: dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
 
 
+def _repeated_query(inputs: Inputs) -> Callable[..., Any]:
+    """Attention that is given the one query at every position: quadratic, the way without a recurrence."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def run(k: Any, v: Any, query: Any) -> Any:
+        k, v = (x.transpose(1, 2) for x in (k, v))
+        q = query[None, :, None].expand(k.shape)
+        return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    return run
+
+
+def _recurrentgemma_scan(inputs: Inputs) -> Callable[..., Any]:
+    """The scan that the library takes on a CPU, and the factor of its inputs as its layer works it out."""
+    import jax.numpy as jnp
+    from recurrentgemma.jax.scan import linear_scan
+
+    return lambda x, g: linear_scan(x=jnp.sqrt(1 - jnp.exp(2 * g)) * x, a=jnp.exp(g), unroll=128)[0]
+
+
+def _transformers_rglru(inputs: Inputs) -> Callable[..., Any]:
+    """The loop of the module, which needs nothing of the module itself."""
+    import torch
+    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
+
+    def run(x: Any, g: Any) -> Any:
+        no_reset = torch.zeros_like(g, dtype=torch.bool)
+        driven = torch.sqrt(1 - torch.exp(2 * g)) * x
+        return RecurrentGemmaRglru._rnn_scan(None, driven, torch.exp(g), no_reset, None)[0]
+
+    return run
+
+
+def _transformers_mlstm(inputs: Inputs) -> Callable[..., Any]:
+    """Head-first, and the forget gate as the argument of its sigmoid."""
+    import torch
+    from transformers.models.xlstm.modeling_xlstm import mlstm_chunkwise_native_autograd
+
+    def run(q: Any, k: Any, v: Any, g: Any, i: Any) -> Any:
+        q, k, v, i, f = (x.transpose(1, 2) for x in (q, k, v, i, g - torch.log(-torch.expm1(g))))
+        return mlstm_chunkwise_native_autograd(q, k, v, i, f).transpose(1, 2)
+
+    return run
+
+
 PEERS: tuple[Peer, ...] = (
     Peer("linear_attention", ("none", "normalized"), "fla naive_chunk_linear_attn", "torch", _fla_chunk_linear),
     Peer(
@@ -178,4 +223,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("delta_rule", ("channel",), "fla naive_recurrent_kda", "torch", _fla_recurrent_kda),
     Peer("softmax_attention", ("causal",), "torch scaled_dot_product_attention", "torch", _torch_attention),
     Peer("softmax_attention", ("causal", "window"), "jax.nn.dot_product_attention", "jax", _jax_attention),
+    Peer("aaren", ("learned_query",), "torch scaled_dot_product_attention", "torch", _repeated_query),
+    Peer("rglru", ("griffin",), "recurrentgemma linear_scan", "jax", _recurrentgemma_scan),
+    Peer("rglru", ("griffin",), "transformers RecurrentGemmaRglru", "torch", _transformers_rglru),
+    Peer("mlstm", ("gated",), "transformers mlstm_chunkwise", "torch", _transformers_mlstm),
 )

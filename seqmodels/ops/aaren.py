@@ -1,0 +1,207 @@
+"""Aaren, attention as a recurrent network: the softmax attention of one learned query over everything before.
+
+    s_t = scale query . k_t                                                                                       (1)
+    o_t = sum_{j <= t} exp(s_j) v_j / sum_{j <= t} exp(s_j)                                                       (2)
+
+(Feng et al. 2024, arXiv 2405.13956.) The query is a parameter, the same at every position, so the sums go on from one
+position to the next. They are kept relative to the largest score so far, which leaves no positive exponent:
+
+    m_t = max(m_{t-1}, s_t)                                                                                       (3)
+    u_t = exp(m_{t-1} - m_t) u_{t-1} + exp(s_t - m_t)                                                             (4)
+    w_t = exp(m_{t-1} - m_t) w_{t-1} + exp(s_t - m_t) v_t                                                         (5)
+    o_t = w_t / u_t                                                                                               (6)
+
+The (m, u, w) of two adjacent spans compose in the same way, and a token alone is (s_t, 1, v_t): `_merge`. That is an
+associative operation, so a prefix scan gives every o_t; the parallel form is that scan.
+
+    code    symbol   shape          range, dtype
+    query   q        [h, k]         any float
+    k       k        [b, t, h, k]   any float
+    v       v        [b, t, h, v]   any float
+    m       m        [b, h]         float32, the largest score
+    u       u        [b, h]         float32, at least 1; 0 where no token was seen, and then m and w are 0 too
+    w       w        [b, h, v]      float32
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from seqmodels.errors import InputError
+from seqmodels.notation import Array, Keys, SegmentIds, Values
+from seqmodels.ops import _dispatch, _scan
+from seqmodels.ops._aaren_chunked import AarenState, chunked
+from seqmodels.ops._op import Example, Inputs, Options, SeqOp
+from seqmodels.ops._scan import Documents
+
+
+def aaren(
+    k: Keys,
+    v: Values,
+    query: Float[Array, "h k"],
+    *,
+    scale: float | None = None,
+    initial_state: AarenState | None = None,
+    segment_ids: SegmentIds | Documents | None = None,
+    form: str = "chunked",
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Values, AarenState]:
+    """Softmax attention of one query per head over the prefix of every position, equations (1) and (2).
+
+    Returns o [b, t, h, v] in v's dtype and the final `AarenState`.
+
+    scale: factor of the scores; None is k ** -0.5.
+    initial_state: a final state; it belongs to the document of the first real token.
+    segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
+    form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (a prefix scan over all tokens).
+    chunk_size: positions per chunk; None is a default that suits the length.
+
+    Raises InputError where shapes disagree.
+    """
+    if k.ndim != 4:
+        raise InputError(f"aaren: k has shape {k.shape}; expected [batch, time, heads, key channels]")
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+        raise InputError(f"aaren: v has shape {v.shape}; expected {k.shape[:3]} as k has, and value channels")
+    if query.shape != k.shape[2:]:
+        raise InputError(f"aaren: query has shape {query.shape}; expected {k.shape[2:]}, heads and channels of k")
+    return _dispatch.run(
+        AAREN,
+        {"k": k, "v": v, "query": query},
+        {"scale": k.shape[-1] ** -0.5 if scale is None else scale},
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        form=form,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+
+
+def empty_state(batch: int, heads: int, value_dim: int) -> AarenState:
+    """The state before the first token, in float32."""
+    return AarenState(jnp.zeros((batch, heads)), jnp.zeros((batch, heads)), jnp.zeros((batch, heads, value_dim)))
+
+
+def _initial_state(arrays: Inputs, options: Options) -> AarenState:
+    k, v = arrays["k"], arrays["v"]
+    dtype = _scan.state_dtype(k, v, arrays["query"])
+    return jax.tree.map(lambda x: x.astype(dtype), empty_state(v.shape[0], *v.shape[2:]))
+
+
+def _scores(arrays: Inputs, options: Options) -> Array:
+    """Equation (1), in the state's dtype and at full precision, which a TPU's products have only when asked."""
+    k, query = arrays["k"], arrays["query"]
+    dtype = _scan.state_dtype(k, arrays["v"], query)
+    query = options["scale"] * query.astype(dtype)
+    return jnp.einsum("...hk,hk->...h", k.astype(dtype), query, precision="highest")
+
+
+def _step(state: AarenState, arrays: Inputs, options: Options) -> tuple[AarenState, Array]:
+    m, u, w = state
+    s, v, seen = _scores(arrays, options), arrays["v"], u > 0
+    m_after = jnp.where(seen, jnp.maximum(m, s), s)
+    keep = jnp.where(seen, jnp.exp(jnp.where(seen, m - m_after, 0)), 0)
+    add = jnp.exp(s - m_after)
+    u = keep * u + add
+    w = keep[..., None] * w + add[..., None] * v
+    return AarenState(m_after, u, w), (w / u[..., None]).astype(v.dtype)
+
+
+def _chunked(
+    arrays: Inputs, state: AarenState, docs: Documents | None, chunk_size: int | None, options: Options
+) -> tuple[Array, AarenState]:
+    return chunked(_scores(arrays, options), arrays["v"], state, docs, chunk_size=chunk_size)
+
+
+class AarenSummary(NamedTuple):
+    """What a span does to a state: forget it where a document started, then merge it with what the span saw.
+
+    through: [b, 1], 0 where a document started, else 1
+    """
+
+    through: Array
+    written: AarenState
+
+
+def _merge(earlier: AarenState, later: AarenState) -> AarenState:
+    """The state after two spans, from that of each alone; one that saw nothing has no say in m."""
+    m = jnp.where(later.u > 0, jnp.maximum(earlier.m, later.m), earlier.m)
+    m = jnp.where(earlier.u > 0, m, later.m)
+
+    def relative_to_m(x: AarenState) -> tuple[Array, Array]:
+        keep = jnp.where(x.u > 0, jnp.exp(jnp.where(x.u > 0, x.m - m, 0)), 0)
+        return keep * x.u, keep[..., None] * x.w
+
+    (u_earlier, w_earlier), (u_later, w_later) = relative_to_m(earlier), relative_to_m(later)
+    return AarenState(m, u_earlier + u_later, w_earlier + w_later)
+
+
+def _apply(summary: AarenSummary, state: AarenState, options: Options) -> AarenState:
+    m, u, w = state
+    through = summary.through
+    return _merge(AarenState(through * m, through * u, through[..., None] * w), summary.written)
+
+
+def _combine(earlier: AarenSummary, later: AarenSummary, options: Options) -> AarenSummary:
+    return AarenSummary(earlier.through * later.through, _apply(later, earlier.written, options))
+
+
+def _summarize(arrays: Inputs, docs: Documents | None, options: Options) -> AarenSummary:
+    empty = _initial_state(arrays, options)
+    _, written = _chunked(arrays, empty, docs, None, options)
+    if docs is None:
+        return AarenSummary(jnp.ones_like(written.m[:, :1]), written)
+    return AarenSummary((docs.index[:, -1:] == 0).astype(written.m.dtype), written)
+
+
+def _parallel(
+    arrays: Inputs, state: AarenState, docs: Documents | None, chunk_size: int | None, options: Options
+) -> tuple[Array, AarenState]:
+    """A prefix scan of `_combine` over the tokens: O(t) states in memory, O(log t) steps."""
+    s, v = _scores(arrays, options), arrays["v"]
+    tokens = AarenState(s, jnp.ones_like(s), v.astype(s.dtype))
+    through = jnp.ones_like(s[..., :1])
+    if docs is not None:
+        real = docs.real[..., None]
+        tokens = AarenState(*(jnp.where(mask, x, 0) for mask, x in zip((real, real, real[..., None]), tokens)))
+        through = jnp.where(_scan.starts(docs)[..., None], 0, through)
+
+    def follow(earlier: AarenSummary, later: AarenSummary) -> AarenSummary:
+        return _combine(earlier, later, options)
+
+    prefixes = jax.lax.associative_scan(follow, AarenSummary(through, tokens), axis=1)
+    _, u, w = after = _apply(prefixes, jax.tree.map(lambda x: x[:, None], state), options)
+    o = (w / jnp.where(u > 0, u, 1)[..., None]).astype(v.dtype)
+    o = o if docs is None else jnp.where(docs.real[..., None, None], o, 0)
+    return o, jax.tree.map(lambda x: x[:, -1], after)
+
+
+def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
+    keys = jax.random.split(key, 3)
+    heads, key_dim, value_dim = 2, 4, 3
+    arrays = {
+        "k": jax.random.normal(keys[0], (batch, length, heads, key_dim)),
+        "v": jax.random.normal(keys[1], (batch, length, heads, value_dim)),
+        "query": jax.random.normal(keys[2], (heads, key_dim)),
+    }
+    return {
+        "one query": Example(arrays, {}),
+        "scores beyond exp": Example(arrays, {"scale": 400.0}, extreme=True),
+    }
+
+
+AAREN = SeqOp(
+    name="aaren",
+    call=aaren,
+    time_args=("k", "v"),
+    step=_step,
+    initial_state=_initial_state,
+    forms={"chunked": _chunked, "parallel": _parallel},
+    summarize=_summarize,
+    combine=_combine,
+    apply=_apply,
+    summary_kind="prefix",
+    examples=_examples,
+)
