@@ -7,20 +7,30 @@
 """
 
 from seqmodels.layers._mixer import Mixer, Stream
+from seqmodels.layers.based import Based
 from seqmodels.layers.gated_linear_attention import GatedLinearAttention
+from seqmodels.layers.hgrn2 import HGRN2
 from seqmodels.layers.lightning_attention import LightningAttention
 from seqmodels.layers.linear_attention import LinearAttention
+from seqmodels.layers.mamba2 import Mamba2
+from seqmodels.layers.minimax_lightning_attention import MiniMaxLightningAttention
 from seqmodels.layers.mlp import GLU, SGLU, SwiGLU
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.retention import Retention
+from seqmodels.layers.rwkv6 import RWKV6
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 
 __all__ = [
     "GLU",
+    "HGRN2",
+    "RWKV6",
     "SGLU",
+    "Based",
     "GatedLinearAttention",
     "LightningAttention",
     "LinearAttention",
+    "Mamba2",
+    "MiniMaxLightningAttention",
     "Mixer",
     "Retention",
     "SoftmaxAttention",

@@ -38,6 +38,10 @@ OPTIONAL_FIELDS = {
     "qk_norm": True,
     "normalize": False,
     "output_norm": True,
+    "feature_map": "hedgehog",
+    "head_dim": 8,
+    "n_groups": 2,
+    "expand_ratio": 4,
 }
 
 
