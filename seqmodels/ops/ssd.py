@@ -152,7 +152,7 @@ def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
     x = jax.random.normal(keys[0], (batch, length, heads, channels))
     dt = jax.nn.softplus(jax.random.normal(keys[1], (batch, length, heads)) - 1)
     B, C = (jax.random.normal(k, (batch, length, groups, states)) for k in keys[2:4])
-    A, D = -jnp.arange(1.0, heads + 1), jax.random.normal(keys[4], (heads, channels))
+    A, D = -0.5 * jnp.arange(1.0, heads + 1), jax.random.normal(keys[4], (heads, channels))
     grouped = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": None}
     whole = {**grouped, "B": B[:, :, :1], "C": C[:, :, :1]}
     return {
