@@ -9,25 +9,32 @@ from typing import NamedTuple
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.layers._mixer import Mixer
+from seqmodels.layers.aaren import Aaren
+from seqmodels.layers.based import Based
 from seqmodels.layers.delta_net import DeltaNet
 from seqmodels.layers.gated_delta_net import GatedDeltaNet
-from seqmodels.layers.aaren import Aaren
 from seqmodels.layers.gated_linear_attention import GatedLinearAttention
+from seqmodels.layers.hgrn2 import HGRN2
 from seqmodels.layers.kimi_delta_attention import KimiDeltaAttention
 from seqmodels.layers.lightning_attention import LightningAttention
 from seqmodels.layers.linear_attention import LinearAttention
+from seqmodels.layers.mamba2 import Mamba2
+from seqmodels.layers.minimax_lightning_attention import MiniMaxLightningAttention
 from seqmodels.layers.mlstm import MLSTM
 from seqmodels.layers.retention import Retention
 from seqmodels.layers.rglru import RGLRU
+from seqmodels.layers.rwkv6 import RWKV6
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 from seqmodels.ops._op import SeqOp
-from seqmodels.ops.delta_rule import DELTA_RULE
 from seqmodels.ops.aaren import AAREN
+from seqmodels.ops.delta_rule import DELTA_RULE
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION
 from seqmodels.ops.mlstm import MLSTM as MLSTM_OP
 from seqmodels.ops.rglru import RGLRU as RGLRU_OP
 from seqmodels.ops.short_conv import SHORT_CONV
 from seqmodels.ops.softmax_attention import SOFTMAX_ATTENTION
+from seqmodels.ops.ssd import SSD
+from seqmodels.ops.wkv6 import WKV6
 
 
 class Entry(NamedTuple):
@@ -39,8 +46,11 @@ class Entry(NamedTuple):
 
 MIXERS: dict[str, Entry] = {
     "linear_attention": Entry(LINEAR_ATTENTION, LinearAttention),
+    "based": Entry(LINEAR_ATTENTION, Based),
     "retention": Entry(LINEAR_ATTENTION, Retention),
     "lightning_attention": Entry(LINEAR_ATTENTION, LightningAttention),
+    "minimax_lightning_attention": Entry(LINEAR_ATTENTION, MiniMaxLightningAttention),
+    "mamba2": Entry(SSD, Mamba2),
     "gated_linear_attention": Entry(LINEAR_ATTENTION, GatedLinearAttention),
     "delta_net": Entry(DELTA_RULE, DeltaNet),
     "gated_delta_net": Entry(DELTA_RULE, GatedDeltaNet),
@@ -48,6 +58,8 @@ MIXERS: dict[str, Entry] = {
     "aaren": Entry(AAREN, Aaren),
     "rglru": Entry(RGLRU_OP, RGLRU),
     "mlstm": Entry(MLSTM_OP, MLSTM),
+    "hgrn2": Entry(LINEAR_ATTENTION, HGRN2),
+    "rwkv6": Entry(WKV6, RWKV6),
     "softmax_attention": Entry(SOFTMAX_ATTENTION, SoftmaxAttention),
 }
 

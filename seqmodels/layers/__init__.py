@@ -7,34 +7,43 @@
 """
 
 from seqmodels.layers._mixer import Mixer, Stream
+from seqmodels.layers.aaren import Aaren
+from seqmodels.layers.based import Based
 from seqmodels.layers.delta_net import DeltaNet
 from seqmodels.layers.gated_delta_net import GatedDeltaNet
-from seqmodels.layers.aaren import Aaren
 from seqmodels.layers.gated_linear_attention import GatedLinearAttention
+from seqmodels.layers.hgrn2 import HGRN2
 from seqmodels.layers.kimi_delta_attention import KimiDeltaAttention
 from seqmodels.layers.lightning_attention import LightningAttention
 from seqmodels.layers.linear_attention import LinearAttention
+from seqmodels.layers.mamba2 import Mamba2
+from seqmodels.layers.minimax_lightning_attention import MiniMaxLightningAttention
 from seqmodels.layers.mlp import GLU, SGLU, GeGLU, SwiGLU
 from seqmodels.layers.mlstm import MLSTM
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.retention import Retention
 from seqmodels.layers.rglru import RGLRU
+from seqmodels.layers.rwkv6 import RWKV6
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 
 __all__ = [
     "GLU",
+    "HGRN2",
     "MLSTM",
     "RGLRU",
+    "RWKV6",
     "SGLU",
+    "Aaren",
+    "Based",
     "DeltaNet",
     "GatedDeltaNet",
     "GatedLinearAttention",
-    "KimiDeltaAttention",
-    "Aaren",
-    "GatedLinearAttention",
     "GeGLU",
+    "KimiDeltaAttention",
     "LightningAttention",
     "LinearAttention",
+    "Mamba2",
+    "MiniMaxLightningAttention",
     "Mixer",
     "Retention",
     "SoftmaxAttention",

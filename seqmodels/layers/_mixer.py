@@ -3,7 +3,9 @@
     y, state = layer.apply(variables, x, state, segment_ids)          x, y: [b, t, d_model]
 
 The author of a layer writes `setup` (the parameters), `project` (x to the operator's arguments), `readout` (the
-operator's outputs to y) and `initial_state`, and names the operator. Forms, documents and state are this file's matter.
+operator's outputs to y) and `initial_state`, and names the operator. Where y needs more of what was projected than the
+operator takes, a gate say, the author writes `mix` in place of `project` and `readout`. Forms, documents and state are
+this file's matter.
 """
 
 from collections.abc import Callable
@@ -104,6 +106,15 @@ class Mixer(nn.Module):
         """y from the operator's outputs."""
         raise NotImplementedError
 
+    def mix(self, x: Activations, stream: Stream) -> Activations:
+        """y over the span."""
+        return self.readout(self.operate(stream, **self.project(x, stream)), x)
+
+    def operate(self, stream: Stream, **arguments: Any) -> Array:
+        """What the operator puts out, in this layer's form."""
+        how = {"form": self.form, "chunk_size": self.chunk_size, "backend": self.backend}
+        return stream("memory", type(self).op, **arguments, **how)
+
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         """The state before the first token; `capacity` is the number of tokens to come, where states grow with it."""
         raise NotImplementedError
@@ -115,9 +126,7 @@ class Mixer(nn.Module):
             raise InputError(f"{type(self).__name__}: x has shape {x.shape}; expected [batch, time, {self.d_model}]")
         x = x.astype(self.dtype)
         stream = Stream(state, segment_ids, *x.shape[:2])
-        how = {"form": self.form, "chunk_size": self.chunk_size, "backend": self.backend}
-        o = stream("memory", type(self).op, **self.project(x, stream), **how)
-        return self.readout(o, x), stream.end()
+        return self.mix(x, stream), stream.end()
 
     def dense(self, features: int, *, use_bias: bool = False) -> nn.Dense:
         """A projection in this layer's dtypes."""
@@ -130,6 +139,12 @@ class Mixer(nn.Module):
         if width < parts or width % parts:
             raise InputError(f"{type(self).__name__}: {what} = {width} is not divisible by {parts} heads")
         return width // parts
+
+    def heads_of(self, channels: int, width: int, what: str) -> int:
+        """The number of heads that have so many channels each; one, where `what` = width is narrower than a head."""
+        if channels < 1 or (width > channels and width % channels):
+            raise InputError(f"{type(self).__name__}: {what} = {width} does not make heads of {channels} channels")
+        return max(1, width // channels)
 
 
 def start_cursor(batch_size: int) -> Cursor:

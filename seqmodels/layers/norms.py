@@ -3,9 +3,11 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from seqmodels.errors import InputError, nearest
+from seqmodels.notation import Activations
 
 NORMS = ("rmsnorm", "srmsnorm", "layernorm")
 
@@ -30,3 +32,31 @@ def make_norm(
     if kind == "layernorm":
         return nn.LayerNorm(**dtypes)
     return nn.RMSNorm(use_scale=kind == "rmsnorm", **dtypes)
+
+
+class GatedRMSNorm(nn.Module):
+    """rmsnorm(x * silu(gate)), the channels of each group on their own: the norm of Mamba-2.
+
+    groups             equal parts of the last axis, each divided by its own root mean square
+    norm_before_gate   rmsnorm(x) * silu(gate) instead
+
+    Parameter `scale`, one for each channel.
+    """
+
+    groups: int = 1
+    norm_before_gate: bool = False
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Activations, gate: Activations) -> Activations:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        x, gate = x.astype(wide), jax.nn.silu(gate.astype(wide))
+        if not self.norm_before_gate:
+            x = x * gate
+        parts = x.reshape(*x.shape[:-1], self.groups, -1)
+        parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, axis=-1, keepdims=True) + self.epsilon)
+        x = parts.reshape(x.shape) * scale
+        return (x * gate if self.norm_before_gate else x).astype(self.dtype)

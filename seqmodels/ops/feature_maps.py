@@ -1,16 +1,22 @@
 """Feature maps phi for linear attention: q and k become phi(q) and phi(k), and q.k becomes phi(q).phi(k).
 
-    name       phi(x)                                    features of d   source
-    identity   x                                         d
-    elu+1      x + 1 where x > 0, exp(x) elsewhere       d               Katharopoulos et al. 2020, 2006.16236
-    relu       max(x, 0)                                 d
-    softmax    softmax over the channels                 d               Shen et al. 2018, 1812.01243
-    taylor     [1, x / d^(1/4), x_i x_j / sqrt(2 d)]     1 + d + d^2     Arora et al. 2024, 2402.18668
-    dpfp       r * roll(r, 1), r = [relu(x), relu(-x)]   2 d             Schlag et al. 2021, 2102.11174
+    name       phi(x)                                                   features of d       source, arXiv
+    identity   x                                                        d
+    elu+1      x + 1 where x > 0, exp(x) elsewhere                      d                   2006.16236
+    relu       max(x, 0)                                                d
+    softmax    softmax over the channels                                d                   1812.01243
+    taylor     [1, x / d^(1/4), x_i^2 / sqrt(2 d), x_i x_j / sqrt(d)]   1 + d + d (d+1)/2   2402.18668
+    dpfp       r * roll(r, 1), r = [relu(x), relu(-x)]                  2 d                 2102.11174
+    hedgehog   [softmax(W x), softmax(-W x)]                            2 d                 2402.04347
 
-Maps act on the last axis in the dtype of their input. All but `identity` and `taylor` are non-negative; the product of
-two Taylor features is 1 + s + s^2 / 2 >= 1/2 with s = q.k / sqrt(d). Only with such maps can attention be normalised:
-the denominator of `identity` crosses zero.
+(Katharopoulos et al. 2020; Shen et al. 2018; Arora et al. 2024; Schlag et al. 2021; Zhang et al. 2024.)
+
+Maps act on the last axis and keep the dtype of their input. All but `identity` and `taylor` are non-negative; the
+product of two Taylor features is 1 + s + s^2 / 2 >= 1/2 with s = q.k / sqrt(d). Only with such maps can attention be
+normalised: the denominator of `identity` crosses zero.
+
+The maps in LEARNED act on a learned projection W x, one for the queries and one for the keys of each head, which the
+layer makes: the functions here take W x.
 """
 
 from collections.abc import Callable
@@ -28,16 +34,23 @@ def elu_plus_one(x: Array) -> Array:
 
 
 def taylor(x: Array) -> Array:
-    """Second-order Taylor expansion of exp(q.k / sqrt(d))."""
+    """Second-order Taylor expansion of exp(q.k / sqrt(d)). Products of channels i <= j appear once, i < j doubled."""
     d = x.shape[-1]
-    second = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], d * d)
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x / d**0.25, second / (2 * d) ** 0.5], axis=-1)
+    squares = x * x / (2 * d) ** 0.5
+    products = [x[..., i : i + 1] * x[..., i + 1 :] / d**0.5 for i in range(d - 1)]
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x / d**0.25, squares, *products], axis=-1)
 
 
 def dpfp(x: Array) -> Array:
     """Deterministic parameter-free projection with nu = 1."""
     r = jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
     return r * jnp.roll(r, 1, axis=-1)
+
+
+def hedgehog(x: Array) -> Array:
+    """The paper's [exp(x), exp(-x)] with each half divided by its sum, as its authors do later: it cannot overflow."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.concatenate([jax.nn.softmax(wide), jax.nn.softmax(-wide)], axis=-1).astype(x.dtype)
 
 
 FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
@@ -47,7 +60,9 @@ FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
     "softmax": jax.nn.softmax,
     "taylor": taylor,
     "dpfp": dpfp,
+    "hedgehog": hedgehog,
 }
+LEARNED = frozenset({"hedgehog"})
 
 
 def feature_map(name: str) -> Callable[[Array], Array]:

@@ -42,6 +42,10 @@ OPTIONAL_FIELDS = {
     "allow_neg_eigval": True,
     "use_gate": True,
     "lower_bound": -5.0,
+    "feature_map": "hedgehog",
+    "head_dim": 8,
+    "n_groups": 2,
+    "expand_ratio": 4,
 }
 
 

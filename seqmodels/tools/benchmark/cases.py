@@ -129,6 +129,22 @@ def _matrix_lstm(workload: Workload, random: Random) -> Inputs:
     arrays, options, cotangent = _attention()(workload, random)
     f, i = (random.standard_normal(cotangent.shape[:3], np.float32) for _ in range(2))
     return Inputs({**arrays, "g": -np.logaddexp(0, -f - 4), "i": i}, options, cotangent)
+def _state_space(workload: Workload, random: Random) -> Inputs:
+    """Steps and decays as Mamba-2 starts with; one group of B and C for all heads."""
+    shape = (workload.batch, workload.length, workload.heads)
+    x, cotangent = (random.standard_normal((*shape, workload.value_dim), np.float32) for _ in range(2))
+    B, C = (random.standard_normal((*shape[:2], 1, workload.key_dim), np.float32) for _ in range(2))
+    steps = np.exp(random.uniform(np.log(0.001), np.log(0.1), shape)).astype(np.float32)
+    decays = -random.uniform(1, 16, workload.heads).astype(np.float32)
+    skip = np.ones(workload.heads, np.float32)
+    return Inputs({"x": x, "dt": steps, "A": decays, "B": B, "C": C, "D": skip}, {}, cotangent)
+
+
+def _with_bonus(workload: Workload, random: Random) -> Inputs:
+    """Decay per channel, and a bonus for the current token."""
+    arrays, _, cotangent = CASES["linear_attention"]["channel"](workload, random)
+    bonus = random.standard_normal((workload.heads, workload.key_dim), np.float32)
+    return Inputs({**arrays, "u": bonus}, {"scale": 1.0}, cotangent)
 
 
 CASES: dict[str, dict[str, Callable[[Workload, Random], Inputs]]] = {
@@ -148,6 +164,8 @@ CASES: dict[str, dict[str, Callable[[Workload, Random], Inputs]]] = {
         "causal": _attention(),
         "window": _attention({"window": 512}),
     },
+    "ssd": {"one_group": _state_space},
+    "wkv6": {"channel": _with_bonus},
     "short_conv": {"width_4": _convolution},
     "aaren": {"learned_query": _learned_query},
     "rglru": {"griffin": _griffin},

@@ -128,6 +128,33 @@ def _minimax_lightning(inputs: Inputs) -> Callable[..., Any]:
     return run
 
 
+def _mamba2_chunk_scan(inputs: Inputs) -> Callable[..., Any]:
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    return lambda x, dt, A, B, C, D: mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256, D=D)
+
+
+def _fla_chunk_wkv6(inputs: Inputs) -> Callable[..., Any]:
+    from fla.ops.rwkv6.chunk_naive import naive_chunk_rwkv6
+
+    return _heads_first(naive_chunk_rwkv6)
+
+
+def _fla_recurrent_wkv6(inputs: Inputs) -> Callable[..., Any]:
+    from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
+
+    return _heads_first(lambda *args: naive_recurrent_rwkv6(*args, **inputs.options)[0])
+
+
+def _heads_first(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of [b, h, t, channels] as one of our layout."""
+
+    def run(q: Any, k: Any, v: Any, g: Any, u: Any) -> Any:
+        return call(*(x.transpose(1, 2) for x in (q, k, v, g)), u).transpose(1, 2)
+
+    return run
+
+
 def _torch_attention(inputs: Inputs) -> Callable[..., Any]:
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -221,6 +248,9 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer("delta_rule", ("channel",), "fla naive_chunk_kda", "torch", _fla_chunk_kda),
     Peer("delta_rule", ("channel",), "fla naive_recurrent_kda", "torch", _fla_recurrent_kda),
+    Peer("ssd", ("one_group",), "transformers mamba2_chunk_scan", "torch", _mamba2_chunk_scan),
+    Peer("wkv6", ("channel",), "fla naive_chunk_rwkv6", "torch", _fla_chunk_wkv6),
+    Peer("wkv6", ("channel",), "fla naive_recurrent_rwkv6", "torch", _fla_recurrent_wkv6),
     Peer("softmax_attention", ("causal",), "torch scaled_dot_product_attention", "torch", _torch_attention),
     Peer("softmax_attention", ("causal", "window"), "jax.nn.dot_product_attention", "jax", _jax_attention),
     Peer("aaren", ("learned_query",), "torch scaled_dot_product_attention", "torch", _repeated_query),
