@@ -62,9 +62,11 @@ class Inputs(NamedTuple):
     incoming: Array | None
 
 
-def chunk_length(chunk_size: int | None, length: int, *, power_of_two: bool) -> int:
+def chunk_length(
+    chunk_size: int | None, length: int, *, power_of_two: bool, default: int = DEFAULT_CHUNK
+) -> int:
     """Positions per chunk: what the caller asks for, or a default that suits the length; rounded up where it must."""
-    size = chunk_size or min(DEFAULT_CHUNK, -(-length // SMALLEST_CHUNK) * SMALLEST_CHUNK)
+    size = chunk_size or min(default, -(-length // SMALLEST_CHUNK) * SMALLEST_CHUNK)
     return 1 << (size - 1).bit_length() if power_of_two else size
 
 

@@ -67,7 +67,7 @@ def delta_rule(
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training).
-    chunk_size: positions per chunk, rounded up to a power of two; None is 64.
+    chunk_size: positions per chunk, rounded up to a power of two; None is 32.
 
     Raises InputError where shapes disagree.
     """

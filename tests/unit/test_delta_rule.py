@@ -111,7 +111,7 @@ def test_gradients_in_float32_for_keys_that_resemble_each_other(decay):
     arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
 
     def outcome(form, dtype):
-        o, pull_back = jax.vjp(lambda arrays: delta_rule(**arrays, form=form)[0], cast(arrays, dtype))
+        o, pull_back = jax.vjp(lambda arrays: delta_rule(**arrays, form=form, chunk_size=64)[0], cast(arrays, dtype))
         return {"o": o, **pull_back(cotangent.astype(dtype))[0]}
 
     def cast(arrays, dtype):
