@@ -93,7 +93,7 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _states(a: Array, b: Array, h: Array, size: int | None, *, reverse: bool = False) -> Array:
-    """h_t = a_t h_{t-1} + b_t for every t, from a, b [b, t, d] and h [b, d]; with `reverse` from the last t on.
+    """h_t = a_t h_{t-1} + b_t for all t, from a, b [b, t, d] and h [b, d]; with `reverse` from the last t to the first.
 
     size: positions per chunk; None is what suits the platform.
     """

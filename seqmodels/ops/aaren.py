@@ -57,7 +57,7 @@ def aaren(
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (a prefix scan over all tokens).
-    chunk_size: positions per chunk; None is a default that suits the length.
+    chunk_size: positions per chunk; None is 32.
 
     Raises InputError where shapes disagree.
     """

@@ -108,9 +108,9 @@ def test_the_block_is_griffins():
     layer = RGLRU(d_model=4, lru_width=6, num_heads=2)
     x = np.random.default_rng(0).normal(size=(1, 9, 4))
     ids = np.array([[1] * 5 + [2] * 4])
-    variables = layer.init(jax.random.key(0), jnp.asarray(x))
+    variables = jax.jit(layer.init)(jax.random.key(0), jnp.asarray(x))
     p = jax.tree.map(lambda w: np.asarray(w, np.float64) + 0.1, variables)["params"]
-    found, _ = layer.apply({"params": p}, jnp.asarray(x), segment_ids=ids)
+    found, _ = jax.jit(layer.apply)({"params": p}, jnp.asarray(x), segment_ids=ids)
 
     def linear(x, name):
         return x @ p[name]["kernel"] + p[name]["bias"]
@@ -137,6 +137,6 @@ def test_the_block_is_griffins():
 
 
 def test_decays_start_between_slow_and_very_slow():
-    params = RGLRU(d_model=64).init(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]["rg_lru"]
+    params = jax.jit(RGLRU(d_model=64).init)(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]["rg_lru"]
     slowest = np.exp(-np.logaddexp(0, np.asarray(params["recurrent_param"], np.float64)))
     assert slowest.min() >= 0.9 - TOLERANCES["layer"] and slowest.max() <= 0.999 + TOLERANCES["layer"]
