@@ -86,7 +86,7 @@ class Case:
     tolerance        entry of the table of tolerances for sameness in `exact`
     splits           lengths of the spans into which the split law cuts
     is_extreme       whether gates or scores are at the edge of their range
-    is_slow          whether to leave it to `pytest -m slow`
+    plain_laws       names of the laws that a plain run tries; the rest is left to `pytest -m slow`. None is all
     finds_starts     whether a document that starts with a span is told from one that goes on. An operator cannot
                      know: the state it is given belongs to the first document of the span
     """
@@ -99,7 +99,8 @@ class Case:
     tolerance: str
     splits: tuple[tuple[int, ...], ...]
     finds_starts: bool
-    is_extreme = is_slow = False
+    is_extreme = False
+    plain_laws: frozenset[str] | None = None
 
     def arrays(self, dtype: np.dtype, length: int, seed: int) -> Inputs:
         raise NotImplementedError
@@ -212,8 +213,8 @@ class OpCase(Case):
     exact, low_precisions, tolerance = FLOAT64, (FLOAT32, BFLOAT16), "forms"
     splits, finds_starts = (*SPLITS, DECODE), False
 
-    def __init__(self, op: SeqOp, example: str):
-        self.op, self.example, self.time_args = op, example, op.time_args
+    def __init__(self, op: SeqOp, example: str, plain_laws: frozenset[str] | None = None):
+        self.op, self.example, self.time_args, self.plain_laws = op, example, op.time_args, plain_laws
         small_chunks = (Variant("chunked", CHUNK),) if "chunked" in op.forms else ()
         self.variants = (*small_chunks, *map(Variant, op.forms))
 
@@ -282,7 +283,7 @@ class LayerCase(Case):
 
     def __init__(self, name: str, entry: Entry, fields: Mapping[str, Any]):
         self.name, self.op, self.constructor, self.fields = name, entry.op, entry.layer, dict(fields)
-        self.is_slow = bool(fields)
+        self.plain_laws = frozenset() if fields else None
 
     def __repr__(self) -> str:
         return ", ".join([self.name, *(f"{name}={value}" for name, value in self.fields.items())])
@@ -311,8 +312,16 @@ class LayerCase(Case):
 
 
 def op_cases(ops: Mapping[str, SeqOp]) -> list[OpCase]:
-    """Every operator on each of its examples."""
-    return [OpCase(op, name) for op in ops.values() for name in op.examples(jax.random.key(0), 1, 2)]
+    """Every operator on each of its examples. A plain run tries all laws on the first and the last ordinary one (by
+    custom the plainest and the richest), and of the others the law that they are there for."""
+    found = []
+    for op in ops.values():
+        examples = op.examples(jax.random.key(0), 1, 2)
+        ordinary = [name for name, example in examples.items() if not example.extreme]
+        for name, example in examples.items():
+            laws = None if name in (ordinary[0], ordinary[-1]) else {"extremes" if example.extreme else "forms"}
+            found.append(OpCase(op, name, laws and frozenset(laws)))
+    return found
 
 
 def layer_cases(mixers: Mapping[str, Entry]) -> list[LayerCase]:

@@ -379,9 +379,11 @@ def each_law_on_each_case(laws: dict[str, Callable], cases: Iterable[Case]) -> p
     """Parametrises a test with `law` and `case`, but for laws that the operator says it cannot keep."""
     pairs = [(law, case) for case in cases for law in laws if law not in case.op.known_gaps]
 
-    def marks(case: Case) -> list[pytest.MarkDecorator]:
-        return [pytest.mark.xdist_group(str(case)), *([pytest.mark.slow] if case.is_slow else [])]
+    def marks(law: str, case: Case) -> list[pytest.MarkDecorator]:
+        slow = case.plain_laws is not None and law not in case.plain_laws
+        return [pytest.mark.xdist_group(str(case)), *([pytest.mark.slow] if slow else [])]
 
     return pytest.mark.parametrize(
-        ("law", "case"), [pytest.param(laws[law], case, id=f"{case}: {law}", marks=marks(case)) for law, case in pairs]
+        ("law", "case"),
+        [pytest.param(laws[law], case, id=f"{case}: {law}", marks=marks(law, case)) for law, case in pairs],
     )
