@@ -25,3 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"
+
+
+@pytest.fixture
+def float64():
+    """Arrays of float64 keep it."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield

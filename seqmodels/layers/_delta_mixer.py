@@ -1,8 +1,5 @@
 """What the layers around `delta_rule` share: unit queries and keys, the write strength, decay from learned rates."""
 
-import math
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -104,18 +101,3 @@ def unit(x: Array) -> Array:
 def head_gate(gate: Array, heads: int) -> Array:
     """silu of a projected gate, split into heads."""
     return jax.nn.silu(split_heads(gate, heads))
-
-
-def log_rate_init(low: float, high: float) -> nn.initializers.Initializer:
-    """log(A), A uniform in [low, high]: how fast a head forgets, per unit of its time step."""
-
-    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        return jnp.log(jax.random.uniform(key, shape, dtype, low, high))
-
-    return init
-
-
-def time_step_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """x with softplus(x) = dt, dt log-uniform in [1e-3, 1e-1] (Gu, Dao 2023, arXiv 2312.00752)."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
-    return dt + jnp.log(-jnp.expm1(-dt))

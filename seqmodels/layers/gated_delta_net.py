@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from seqmodels.layers._delta_mixer import log_rate_init, time_step_init
+from seqmodels.layers._initializers import log_rate_init, time_step_init
 from seqmodels.layers._mixer import Stream
 from seqmodels.layers.delta_net import DeltaNet
 from seqmodels.notation import Activations
@@ -37,7 +37,7 @@ class GatedDeltaNet(DeltaNet):
         super().setup()
         self.a_proj = self.gate_dense(self.value_heads)
         self.A_log = self.param("A_log", log_rate_init(0.01, 16.0), (self.value_heads,), jnp.float32)
-        self.dt_bias = self.param("dt_bias", time_step_init, (self.value_heads,), jnp.float32)
+        self.dt_bias = self.param("dt_bias", time_step_init(), (self.value_heads,), jnp.float32)
 
     def project(self, x: Activations, stream: Stream) -> dict:
         g = -jnp.exp(self.A_log) * jax.nn.softplus(self.a_proj(x) + self.dt_bias)

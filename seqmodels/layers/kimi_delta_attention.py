@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax.linen.initializers import zeros
 
 from seqmodels.errors import InputError
-from seqmodels.layers._delta_mixer import DeltaMixer, log_rate_init, time_step_init
+from seqmodels.layers._delta_mixer import DeltaMixer
+from seqmodels.layers._initializers import log_rate_init, time_step_init
 from seqmodels.layers._mixer import Stream, split_heads
 from seqmodels.notation import Activations, Array, ChannelDecay
 
@@ -41,7 +42,7 @@ class KimiDeltaAttention(DeltaMixer):
         self.g_proj_1 = self.dense(heads * self.value_dim, use_bias=self.gate_bias)
         rate = zeros if self.lower_bound is not None else log_rate_init(1.0, 16.0)
         self.A_log = self.param("A_log", rate, (heads,), jnp.float32)
-        self.dt_bias = self.param("dt_bias", time_step_init, (channels,), jnp.float32)
+        self.dt_bias = self.param("dt_bias", time_step_init(), (channels,), jnp.float32)
 
     def project(self, x: Activations, stream: Stream) -> dict:
         return {**super().project(x, stream), "g": self.log_decay(x)}

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.errors import InputError
+from seqmodels.layers._initializers import log_rate_init, time_step_init
 from seqmodels.layers._mixer import Mixer, MixerState, ShortConvolution, Stream, merge_heads, split_heads, start_cursor
 from seqmodels.layers.norms import GatedRMSNorm
-from seqmodels.notation import Activations, Array
+from seqmodels.notation import Activations
 from seqmodels.ops.linear_attention import zero_state
 from seqmodels.ops.short_conv import zero_inputs
 from seqmodels.ops.ssd import ssd
@@ -74,22 +75,12 @@ class Mamba2(Mixer):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.in_proj = self.dense(self.d_inner + self.conv_width + self.num_heads, use_bias=self.use_bias)
         self.conv1d = ShortConvolution(self.conv_width, self.d_conv, use_bias=self.conv_bias, **dtypes)
-        self.dt_bias = self.param("dt_bias", self._init_dt_bias)
-        self.A_log = self.param("A_log", self._init_A_log)
+        steps = time_step_init(self.dt_min, self.dt_max, self.dt_init_floor)
+        self.dt_bias = self.param("dt_bias", steps, (self.num_heads,))
+        self.A_log = self.param("A_log", log_rate_init(*self.A_init_range), (self.num_heads,))
         self.D = self.param("D", lambda key: jnp.ones(self.num_heads))
         self.norm = GatedRMSNorm(self.n_groups, self.norm_before_gate, self.norm_eps, **dtypes)
         self.out_proj = self.dense(self.d_model, use_bias=self.use_bias)
-
-    def _init_dt_bias(self, key: Array) -> Array:
-        """The inverse of softplus, x + log(1 - exp(-x)), of the steps to start with."""
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        dt = jnp.exp(jax.random.uniform(key, (self.num_heads,), minval=low, maxval=high))
-        dt = jnp.maximum(dt, self.dt_init_floor)
-        return dt + jnp.log(-jnp.expm1(-dt))
-
-    def _init_A_log(self, key: Array) -> Array:
-        low, high = self.A_init_range
-        return jnp.log(jax.random.uniform(key, (self.num_heads,), minval=low, maxval=high))
 
     def mix(self, x: Activations, stream: Stream) -> Activations:
         z, xBC, dt = jnp.split(self.in_proj(x), [self.d_inner, self.d_inner + self.conv_width], axis=-1)

@@ -29,8 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.notation import Array
-from seqmodels.ops import _scan
-from seqmodels.ops._chunks import cut, joined, scan_chunks, swap
+from seqmodels.ops._chunks import cut, cut_index, joined, scan_chunks, swap
 from seqmodels.ops._scan import Documents
 
 DEFAULT_CHUNK = 32
@@ -50,14 +49,10 @@ def chunked(
     """Outputs [b, t, h, v] in v's dtype and the final state, from scores [b, t, h] and values [b, t, h, v]."""
     batch, length = s.shape[:2]
     size = min(chunk_size or DEFAULT_CHUNK, length)
-    index = incoming = real = None
-    if docs is not None:
-        index = _scan.pad_time(docs.index, size, "edge")
-        incoming = jnp.pad(index[:, size - 1 : -1 : size], ((0, 0), (1, 0)))
-        index = cut(index, size)
+    real = None
     if docs is not None or length % size:
         real = cut(jnp.ones((batch, length), bool) if docs is None else docs.real, size)
-    o, state = _run(_Inputs(cut(s, size), cut(v, size), index, incoming, real), state)
+    o, state = _run(_Inputs(cut(s, size), cut(v, size), *cut_index(docs, size), real), state)
     return joined(o, length, docs), state
 
 

@@ -72,16 +72,21 @@ def chunk_length(
 
 def cut_inputs(q: Array, k: Array, v: Array, g: Array | None, docs: Documents | None, size: int) -> Inputs:
     """Arrays [b, t, ...] in chunks of `size` positions. At padding k and g are 0: nothing is written or forgotten."""
-    index = incoming = None
     if docs is not None:
         k = jnp.where(docs.real[..., None, None], k, 0)
         if g is not None:
             g = jnp.where(docs.real.reshape(docs.real.shape + (1,) * (g.ndim - 2)), g, 0)
-        index = _scan.pad_time(docs.index, size, "edge")
-        incoming = jnp.pad(index[:, size - 1 : -1 : size], ((0, 0), (1, 0)))
-        index = cut(index, size)
     g = None if g is None else g.reshape(*g.shape[:3], -1)
-    return Inputs(*(None if x is None else cut(x, size) for x in (q, k, v, g)), index, incoming)
+    return Inputs(*(None if x is None else cut(x, size) for x in (q, k, v, g)), *cut_index(docs, size))
+
+
+def cut_index(docs: Documents | None, size: int) -> tuple[Array | None, Array | None]:
+    """`index` and `incoming` of `Inputs`; None for one document."""
+    if docs is None:
+        return None, None
+    index = _scan.pad_time(docs.index, size, "edge")
+    incoming = jnp.pad(index[:, size - 1 : -1 : size], ((0, 0), (1, 0)))
+    return cut(index, size), incoming
 
 
 def cut(x: Array, size: int) -> Array:

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, ChannelDecay, Keys, MatrixState, Queries, SegmentIds, Values
 from seqmodels.ops import _dispatch, _scan
+from seqmodels.ops._arguments import check_qkv
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION, zero_state
@@ -74,13 +75,11 @@ def wkv6(
 
 
 def _check(q: Array, k: Array, v: Array, g: Array, u: Array) -> None:
-    if q.ndim != 4:
-        raise InputError(f"wkv6: q has shape {q.shape}; expected [batch, time, heads, key channels]")
-    for name, x in (("k", k), ("g", g)):
-        if x.shape != q.shape:
-            raise InputError(f"wkv6: {name} has shape {x.shape}; expected {q.shape} as q has")
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-        raise InputError(f"wkv6: v has shape {v.shape}; expected {q.shape[:3]} as q has, then value channels")
+    check_qkv("wkv6", q, k, v)
+    if v.shape[2] != q.shape[2]:
+        raise InputError(f"wkv6: v has {v.shape[2]} heads; expected {q.shape[2]} as q has")
+    if g.shape != q.shape:
+        raise InputError(f"wkv6: g has shape {g.shape}; expected {q.shape} as q has")
     if u.shape != q.shape[2:]:
         raise InputError(f"wkv6: u has shape {u.shape}; expected {q.shape[2:]}, heads and key channels of q")
 

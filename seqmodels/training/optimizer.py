@@ -23,7 +23,11 @@ from seqmodels.training.parameter_rules import Rules, apply_rules
 # Decay pulls towards zero, which means nothing for a bias, a norm's scale, or the logarithm of a time
 # constant; and small embeddings make large gradients in the first layers (OLMo 2, 2025, 2501.00656).
 NO_DECAY: Rules = (
-    (r"(^|/)([^/]*bias|[^/]*scale|[^/]*embedding|A_log|D|theta|mu|bonus|lower_bound)$|(^|/)[^/]*norm[^/]*/", 0.0),
+    (
+        r"(^|/)([^/]*bias|[^/]*scale|[^/]*embedding|A_log|D|theta|mu|bonus|lower_bound|recurrent_param)$"
+        r"|(^|/)[^/]*norm[^/]*/",
+        0.0,
+    ),
 )
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")

@@ -10,19 +10,15 @@ import pytest
 from seqmodels.errors import InputError
 from seqmodels.layers import Aaren
 from seqmodels.ops.aaren import AAREN, AarenState, aaren
+from tests.operators import LENGTH, SEGMENTS, assert_close
 from tests.tolerances import TOLERANCES
 
-LENGTH, HEADS, KEY_DIM, VALUE_DIM = 24, 2, 5, 3
+HEADS, KEY_DIM, VALUE_DIM = 2, 5, 3
 FORMS = ("recurrent", *AAREN.forms)
 run = jax.jit(aaren, static_argnames=("scale", "form", "chunk_size"))
-# Padding on the left, between and on the right, a document of one token; and a full row.
-SEGMENTS = np.array([[0] * 2 + [3] * 7 + [7] + [0] + [2] * 11 + [0] * 2, [1] * LENGTH])
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def inputs(length: int = LENGTH):
@@ -43,13 +39,6 @@ def oracle(k, v, query, scale, segment_ids):
         weights = np.exp(s - s.max())
         o[b, t, h] = weights @ v[b, prefix, h] / weights.sum()
     return o
-
-
-def assert_close(found, expected, tolerance="forms"):
-    for have, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        have, want = np.asarray(have), np.asarray(want)
-        assert have.shape == want.shape
-        assert np.abs(have - want).max() <= TOLERANCES[tolerance] * max(np.abs(want).max(), 1)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -18,12 +18,6 @@ SEGMENTS = np.array([[0] * 2 + [3] * 16 + [7] + [0] + [2] * 15 + [0] * 2, [1] * 
 rule = jax.jit(delta_rule, static_argnames=("scale", "form", "chunk_size"))
 
 
-@pytest.fixture
-def _float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def inputs(decay: str) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     k = rng.normal(size=(BATCH, LENGTH, HEADS, KEY_DIM))
@@ -62,7 +56,7 @@ def error(found, expected) -> float:
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("form", ["recurrent", "chunked"])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_values_match_the_oracle(form, decay):

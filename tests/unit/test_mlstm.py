@@ -9,18 +9,14 @@ from seqmodels.errors import InputError
 from seqmodels.layers import MLSTM
 from seqmodels.ops.mlstm import EPSILON, MLSTMState, mlstm
 from seqmodels.ops.mlstm import MLSTM as OP
-from tests.tolerances import TOLERANCES
+from tests.operators import LENGTH, SEGMENTS, assert_close
 
-LENGTH, HEADS, KEY_DIM, VALUE_DIM = 24, 2, 4, 3
+HEADS, KEY_DIM, VALUE_DIM = 2, 4, 3
 FORMS = ("recurrent", *OP.forms)
 run = jax.jit(mlstm, static_argnames=("scale", "form", "chunk_size"))
-SEGMENTS = np.array([[0] * 2 + [3] * 7 + [7] + [0] + [2] * 11 + [0] * 2, [1] * LENGTH])
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def inputs(input_gate: float = 0.0):
@@ -42,13 +38,6 @@ def oracle(q, k, v, g, i, segment_ids):
             C, n, m = f * C + add * np.outer(key, v[b, t, h]), f * n + add * key, max(m + g[b, t, h], i[b, t, h])
             o[b, t, h] = query @ C / (max(abs(query @ n), 1) + EPSILON * np.exp(m))
     return o
-
-
-def assert_close(found, expected, tolerance="forms"):
-    for have, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        have, want = np.asarray(have), np.asarray(want)
-        assert have.shape == want.shape
-        assert np.abs(have - want).max() <= TOLERANCES[tolerance] * max(np.abs(want).max(), 1)
 
 
 @pytest.mark.parametrize("form", FORMS)

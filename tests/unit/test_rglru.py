@@ -8,18 +8,15 @@ import pytest
 from seqmodels.errors import InputError
 from seqmodels.layers import RGLRU
 from seqmodels.ops.rglru import rglru
+from tests.operators import LENGTH, SEGMENTS, assert_close
 from tests.tolerances import TOLERANCES
 
-LENGTH, WIDTH = 24, 6
+WIDTH = 6
 FORMS = ("recurrent", "chunked")
 run = jax.jit(rglru, static_argnames=("form", "chunk_size"))
-SEGMENTS = np.array([[0] * 2 + [3] * 7 + [7] + [0] + [2] * 11 + [0] * 2, [1] * LENGTH])
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def inputs():
@@ -41,13 +38,6 @@ def oracle(x, g, segment_ids):
             o[b, t] = h
         final[b] = h
     return o, final
-
-
-def assert_close(found, expected, tolerance="forms"):
-    for have, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        have, want = np.asarray(have), np.asarray(want)
-        assert have.shape == want.shape
-        assert np.abs(have - want).max() <= TOLERANCES[tolerance] * max(np.abs(want).max(), 1)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,9 +12,8 @@ from seqmodels.errors import InputError
 from seqmodels.ops import _scan
 from seqmodels.ops._blockwise_attention import _blocks_in_sight, reach
 from seqmodels.ops.softmax_attention import SOFTMAX_ATTENTION, KVCache, empty_cache, softmax_attention
-from tests.tolerances import TOLERANCES
+from tests.operators import LENGTH, SEGMENTS, assert_close
 
-LENGTH = 24
 MASKS = {
     "full": {},
     "window": {"window": 5},
@@ -24,14 +23,9 @@ MASKS = {
 STATIC = ("scale", "window", "sinks", "capacity", "form", "chunk_size")
 attention = jax.jit(softmax_attention, static_argnames=STATIC)
 FORMS = ("recurrent", "chunked", "parallel")
-# Padding on the left, between and on the right, a document of one token, one over a window; and a full row.
-SEGMENTS = np.array([[0] * 2 + [3] * 7 + [7] + [0] + [2] * 11 + [0] * 2, [1] * LENGTH])
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def inputs(length: int = LENGTH, heads: int = 4, key_heads: int = 2, key_dim: int = 6, value_dim: int = 3):
@@ -58,13 +52,6 @@ def oracle(q, k, v, segment_ids=None, window=None, sinks=0):
                 p = np.exp(s - s.max())
                 o[b, t, h] = p / p.sum() @ v[b, keys, group]
     return o
-
-
-def assert_close(found, expected, tolerance="forms"):
-    for have, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        have, want = np.asarray(have), np.asarray(want)
-        assert have.shape == want.shape
-        assert np.abs(have - want).max() <= TOLERANCES[tolerance] * max(np.abs(want).max(), 1)
 
 
 def assert_same(found, expected):

@@ -69,7 +69,7 @@ def test_parameters_start_as_in_the_authors_code():
         ({"q": np.ones((2, 21, 8))}, r"wkv6: q has shape \(2, 21, 8\); expected \[batch"),
         ({"k": np.ones((2, 21, 2, 5))}, r"wkv6: k has shape \(2, 21, 2, 5\); expected \(2, 21, 2, 4\) as q has"),
         ({"g": np.ones((2, 21, 2))}, r"wkv6: g has shape \(2, 21, 2\); expected \(2, 21, 2, 4\) as q has"),
-        ({"v": np.ones((2, 21, 4, 3))}, r"wkv6: v has shape \(2, 21, 4, 3\); expected \(2, 21, 2\) as q has"),
+        ({"v": np.ones((2, 21, 4, 3))}, r"wkv6: v has 4 heads; expected 2 as q has"),
         ({"u": np.ones((4,))}, r"wkv6: u has shape \(4,\); expected \(2, 4\)"),
     ],
 )
