@@ -132,7 +132,11 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     )
 
     checkpoints = Checkpointer(
-        run.checkpoints, every=job.checkpoint_every, keep=job.keep, config=config.operative_config()
+        run.checkpoints,
+        every=job.checkpoint_every,
+        keep=job.keep,
+        config=config.operative_config(),
+        data=data.fingerprint,
     )
     with jax.set_mesh(mesh), checkpoints:
         restored = checkpoints.restore(

@@ -51,6 +51,11 @@ class Dataset(abc.ABC):
         """UTF-8 bytes of held-out text per counted target; loss / ln 2 / bytes_per_token is bits per byte."""
         return None
 
+    @property
+    def fingerprint(self) -> str:
+        """One line that is another where the training rows are: what a run that goes on checks."""
+        return type(self).__name__
+
     @abc.abstractmethod
     def training_rows(
         self, seq_len: int, seed: int, process_index: int, process_count: int

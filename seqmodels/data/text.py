@@ -79,6 +79,12 @@ class TextData(Dataset):
         held_out = self.splits[HELD_OUT]
         return held_out.text_bytes / (len(held_out) - 1)
 
+    @property
+    def fingerprint(self) -> str:
+        tokens = self.splits[TRAIN]
+        documents = len(tokens.separators) - 1
+        return f"{len(tokens):,} tokens in {documents:,} documents, checksum {tokens.checksum():08x}"
+
     @functools.cached_property
     def splits(self) -> dict[str, Tokens]:
         """The tokens of "train" and of "held_out", read when first asked for."""

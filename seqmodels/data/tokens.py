@@ -18,6 +18,7 @@ lie in a file that is mapped into memory. `manifest.json` is written last: a fol
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +51,9 @@ class Tokens(Protocol):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The ids from `start` up to `stop`, both within the array."""
+
+    def checksum(self) -> int:
+        """32 bits that are others where the tokens are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +108,9 @@ class TokensInMemory:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.ids[start:stop]
+
+    def checksum(self) -> int:
+        return zlib.crc32(self.ids)
 
 
 def load_into_memory(encoded: Iterable[EncodedDocument], tokenizer: Tokenizer) -> dict[str, TokensInMemory]:
@@ -227,6 +234,10 @@ class TokensOnDisk:
             raise self._damaged(error) from error
         offset = first * self._block
         return np.concatenate(blocks)[start - offset : stop - offset]
+
+    def checksum(self) -> int:
+        """Of where the documents end, and of the first block: a corpus of any size is not read through."""
+        return zlib.crc32(self._blocks[0], zlib.crc32(self.separators))
 
     def _damaged(self, error: RuntimeError) -> InputError:
         return InputError(f"the tokenised corpus {self._folder} is damaged; tokenise it again: {error}")

@@ -3,7 +3,7 @@
 A checkpoint of step N is the folder `N`, written in the background by orbax, with two items:
 
     state/    every array of the train state, by its name ("params/embedding/kernel")
-    record/   JSON: shape, dtype and checksum of every array; every process's data position; config; metadata
+    record/   JSON: shape, dtype and checksum of every array; what the data is, every process's position in it; config
 
 Orbax writes into `N.orbax-checkpoint-tmp` and renames it once everything is in place, so a kill at any moment
 leaves either a whole checkpoint or a temporary folder, which is removed at the next start. Orbax does not
@@ -60,7 +60,6 @@ class Restored:
     step: int
     state: Any
     config: str
-    metadata: Mapping[str, Any]
 
 
 class _DamageError(Exception):
@@ -109,6 +108,7 @@ class Checkpointer:
         every: `save` is due at the multiples of this number of steps; None for final saves only.
         keep: how many of the newest checkpoints stay; an older one goes once a newer one is complete.
         config: the text of the operative config, saved in every checkpoint.
+        data: says which data is trained on; a checkpoint that was saved with another text is not gone on from.
         report: called with one line for each damaged checkpoint that `restore` passes over.
     """
 
@@ -119,6 +119,7 @@ class Checkpointer:
         every: int | None,
         keep: int = 3,
         config: str = "",
+        data: str = "",
         report: Callable[[str], None] = print_report,
     ):
         for name, value in (("every", every), ("keep", keep)):
@@ -127,6 +128,7 @@ class Checkpointer:
         self.directory = _absolute(directory)
         self.every = every
         self._config = config
+        self._data = data
         self._report = report
         _keep_screen_clean()
         try:
@@ -167,15 +169,13 @@ class Checkpointer:
         state: Any,
         data_iterator: DataIterator | None = None,
         *,
-        metadata: Mapping[str, Any] | None = None,
         final: bool = False,
     ) -> bool:
         """Start to save in the background if `step` is due or `final`; return whether it did.
 
         Call it after every step: when nothing is due it only looks whether an earlier save failed. A step
         that is already saved is not saved again. `state` is any pytree of jax arrays (typed keys too);
-        `data_iterator` gives the position from which the batch after this step comes; `metadata` is small and
-        JSON.
+        `data_iterator` gives the position from which the batch after this step comes.
         """
         if not self._manager.is_saving_in_progress():
             self.wait()
@@ -189,7 +189,7 @@ class Checkpointer:
             "arrays": _describe(arrays, _checksums(arrays)),
             "positions": [json.loads(text) for text in _gather(json.dumps(position))],
             "config": self._config,
-            "metadata": dict(metadata or {}),
+            "data": self._data,
         }
         record = json.loads(json.dumps(record))
         self._guarded(
@@ -228,7 +228,7 @@ class Checkpointer:
 
         Raises:
             InputError: all checkpoints are damaged, or the checkpoint is sound but is one of another state,
-                another number of processes, or another data pipeline. Nothing has been changed then.
+                another number of processes, other data, or another data pipeline. Nothing has been changed then.
         """
         passed_over = []
         for step in reversed(list_steps(self.directory)):
@@ -241,12 +241,13 @@ class Checkpointer:
                 passed_over.append(step)
                 continue
             if data_iterator is not None:
+                self._check_data(record, folder)
                 _move(data_iterator, record, folder)
             self._set_aside(passed_over)
             self._newest = step
             leaves = [arrays[name] for name in _named_leaves(abstract_state)]
             state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-            return Restored(step, state, record["config"], record["metadata"])
+            return Restored(step, state, record["config"])
         damaged = [str(step) for step in passed_over]
         damaged += [path.name for path in self.directory.iterdir() if path.name.startswith(_DAMAGED)]
         if damaged:
@@ -255,6 +256,13 @@ class Checkpointer:
                 "nothing was changed: put a sound copy back, or start over in another folder"
             )
         return None
+
+    def _check_data(self, record: Mapping, folder: epath.Path) -> None:
+        if record["data"] != self._data:
+            raise InputError(
+                f"checkpoint {folder} was trained on other data ({record['data']}) than there is now ({self._data}): "
+                "put the old data back, or start in another run directory"
+            )
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         """Rename damaged checkpoints, so that training saves these steps again."""
@@ -335,7 +343,7 @@ def restore_parameters(
                 node[last] = leaf
         else:
             tree = jax.tree.unflatten(jax.tree.structure(abstract_parameters), leaves)
-        return Restored(candidate, tree, record["config"], record["metadata"])
+        return Restored(candidate, tree, record["config"])
     damaged = "every checkpoint" if step is None else f"the checkpoint of step {step}"
     raise InputError(f"{damaged} in {directory} is damaged; there are those of steps {_listed(steps)}")
 

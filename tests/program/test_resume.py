@@ -1,12 +1,13 @@
 """Runs that stop and go on: by SIGTERM, past a damaged checkpoint, after the end, from another folder."""
 
 import re
+import shutil
 import signal
 import subprocess
 
 import pytest
 
-from seqmodels.errors import EXIT_DONE, EXIT_RESTART
+from seqmodels.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESTART
 from seqmodels.tools import generate
 from seqmodels.training.checkpoint import list_steps
 from tests.program.programs import (
@@ -76,3 +77,18 @@ def test_paths_may_be_relative(train, tmp_path, monkeypatch, capsys):
         generate.main, ["--run", "runs/tiny", "--prompt", "line 1", "--tokens", "5"], monkeypatch, capsys
     )
     assert written.code == EXIT_DONE and written.out.startswith("line 1"), written
+
+
+def test_other_texts_are_refused(train, undisturbed, tmp_path, monkeypatch, capsys):
+    """A run does not go on with another corpus than it began with."""
+    shutil.copytree(undisturbed.parent / "texts", tmp_path / "texts")
+    config = write_config(tmp_path)
+    arguments = ["--config", config, "--run_dir", tmp_path / "run"]
+    assert run_here(train, [*arguments, *SHORT], monkeypatch, capsys).code == EXIT_DONE
+    (tmp_path / "run" / "DONE").unlink()
+    shutil.copy(config, tmp_path / "texts" / "another.txt")
+    before = contents(tmp_path / "run" / "checkpoints")
+    refused = run_here(train, [*arguments, *SHORT], monkeypatch, capsys)
+    assert refused.code == EXIT_INPUT and refused.err.count("\n") == 1, refused
+    assert "was trained on other data" in refused.err
+    assert contents(tmp_path / "run" / "checkpoints") == before

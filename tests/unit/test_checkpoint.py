@@ -154,7 +154,7 @@ def test_what_is_restored_equals_what_was_saved_bit_for_bit(tmp_path):
         next(iterator)
     with Checkpointer(tmp_path, every=5, config="model.width = 64\n") as checkpointer:
         assert checkpointer.restore(ABSTRACT) is None
-        assert checkpointer.save(5, make_state(5), iterator, metadata={"loss": 0.1, "tokens": 2**40})
+        assert checkpointer.save(5, make_state(5), iterator)
     expected = next(iterator)
 
     resumed = batches()
@@ -164,10 +164,20 @@ def test_what_is_restored_equals_what_was_saved_bit_for_bit(tmp_path):
     assert bits(restored.state) == bits(make_state(5))
     assert bits(restored.state) != bits(make_state(6))
     assert restored.config == "model.width = 64\n"
-    assert restored.metadata == {"loss": 0.1, "tokens": 2**40}
     np.testing.assert_array_equal(next(resumed), expected)
     draw = jax.random.normal(restored.state.keys["dropout"], (3,))
     np.testing.assert_array_equal(draw, jax.random.normal(make_state(5).keys["dropout"], (3,)))
+
+
+def test_other_data_is_refused(tmp_path):
+    with Checkpointer(tmp_path, every=1, data="10 tokens") as checkpointer:
+        checkpointer.save(1, make_state(1), batches())
+    with (
+        Checkpointer(tmp_path, every=1, data="11 tokens") as checkpointer,
+        pytest.raises(InputError, match=r"trained on other data \(10 tokens\) than there is now \(11 tokens\)"),
+    ):
+        checkpointer.restore(ABSTRACT, batches())
+    assert restore_parameters(tmp_path).step == 1
 
 
 def test_which_steps_are_saved_and_which_stay(tmp_path):

@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -442,3 +443,17 @@ def test_bad_inputs_are_refused(corpus, tmp_path):
         with pytest.raises(InputError, match=message) as error:
             make()
         assert "\n" not in str(error.value)
+
+
+def test_the_fingerprint_is_of_the_tokens(corpus, tmp_path):
+    """The same for the same texts, in memory and on disk; another when a byte of them changes, the length does not."""
+    other = shutil.copytree(corpus, tmp_path / "other")
+    file = sorted(file for file in other.iterdir() if file.stat().st_size > 1000)[0]
+    file.write_text(file.read_text()[:-1] + "!")
+    found = []
+    for texts in (corpus, corpus, str(other)):
+        folder = str(tmp_path / f"tokens-{len(found)}")
+        tokenize_corpus([texts], folder, held_out_fraction=0.2, shard_tokens=8192)
+        found.append([TextData(texts, held_out_fraction=0.2).fingerprint, TextData(folder).fingerprint])
+    assert found[0] == found[1]
+    assert all(before != after for before, after in zip(found[1], found[2]))
