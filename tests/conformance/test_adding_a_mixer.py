@@ -49,7 +49,7 @@ def test_a_toy_mixer_is_three_files_and_an_entry(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     passed = {line.partition(" PASSED")[0] for line in run.stdout.splitlines() if " PASSED" in line}
