@@ -2,7 +2,6 @@
 
 import itertools
 import resource
-import statistics
 import sys
 import time
 from typing import Any
@@ -28,11 +27,12 @@ its bytes nor its time would change: they are those of the length it was made fo
 runs, each for a text of another length, of which a few tokens are written: what a text of that length costs.
 
   state bytes    of the whole model, at the start and at the end
-  us/token       CPU time of one thread: the median over a twentieth of the tokens at each end, compilation apart
+  us/token       CPU time of one thread, compilation apart: of a twentieth of the tokens at each end, what a tenth of
+                 them stay below, which other processes disturb less than they do the median
   ratio          end over start
   memory MiB     growth of the process's peak between the two; not told of a state that grows"""
 
-FEWEST = 100  # tokens of which a median is taken
+FEWEST = 100  # tokens whose time is told as one number
 POINTS = 24
 
 
@@ -72,7 +72,7 @@ def _in_one_run(model: LanguageModel, params: Any, tokens: int, progress: Progre
     for before, position in itertools.pairwise([0, *sorted(sizes)]):
         first = starts.get(position, max(before, 3))
         window = microseconds[first - 2 : (width if position == 2 else position) - 1]
-        points.append({"position": position, "bytes": sizes[position], "us": float(np.median(window))})
+        points.append({"position": position, "bytes": sizes[position], "us": _typical(window)})
     return points, peaks[tokens] - peaks[width]
 
 
@@ -86,9 +86,13 @@ def _in_several_runs(model: LanguageModel, params: Any, tokens: int, progress: P
         for _, after in itertools.islice(_text(model, params, length), FEWEST):
             state = after
             times.append(time.process_time())
-        microseconds = statistics.median(np.diff(times)[1:].tolist()) * 1e6
+        microseconds = _typical(np.diff(times)[1:] * 1e6)
         points.append({"position": length, "bytes": _bytes(state), "us": microseconds})
     return points
+
+
+def _typical(microseconds: np.ndarray) -> float:
+    return float(np.quantile(microseconds, 0.1))
 
 
 def _text(model: LanguageModel, params: Any, tokens: int):

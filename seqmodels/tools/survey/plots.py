@@ -40,7 +40,8 @@ def draw(
     names = list(dict.fromkeys(name for lines in series.values() for name in lines))
     colours = pyplot.get_cmap("tab10").colors
     looks = dict(zip(names, itertools.cycle((c, dash) for dash in DASHES for c in colours)))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), max(4.5, 0.24 * len(names) + 1)))
+    size = 6 * len(panels), max(4.5, 0.24 * len(names) + 1)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained")
     for i, (panel, ax) in enumerate(zip(panels, axes)):
         for name, points in series[i].items():
             colour, dash = looks[name]
