@@ -209,6 +209,20 @@ def test_help(view, capsys):
     assert "--mixers" in capsys.readouterr().out
 
 
+def test_a_mixer_that_fails_leaves_the_others(monkeypatch, capsys, tmp_path):
+    def measure(mixer, options, progress):
+        if mixer == "retention":
+            raise RuntimeError("its program ended:\nthe reason")
+        return trained()
+
+    monkeypatch.setitem(program.VIEWS, "train", train.VIEW._replace(measure=measure))
+    file = tmp_path / "result.json"
+    assert program.main(["train", "--mixers", "retention", "rglru", "--json", str(file)]) == 1
+    assert "FAILED retention: the reason" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert list(found["results"]) == ["rglru"] and found["failures"] == ["retention: the reason"]
+
+
 @pytest.mark.slow
 def test_train_from_the_command_line(tmp_path, capsys):
     files = {name: tmp_path / f"result.{name}" for name in ("json", "markdown")}

@@ -57,7 +57,7 @@ def _measure(view: View, mixers: list[str], options: argparse.Namespace, argv: l
     conditions = environment()
     began = heading(conditions)
     print(began)
-    results = {}
+    results, broken = {}, []
     shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=len(mixers), file=sys.stderr, bar_format=shape) as bar:
         for i, mixer in enumerate(mixers):
@@ -67,18 +67,22 @@ def _measure(view: View, mixers: list[str], options: argparse.Namespace, argv: l
                 bar.update(i + share - bar.n)
 
             progress(0, "start")
-            results[mixer] = view.measure(mixer, options, progress)
+            try:
+                results[mixer] = view.measure(mixer, options, progress)
+            except RuntimeError as error:  # a program of this mixer failed: the others are measured all the same
+                broken.append(f"{mixer}: {str(error).splitlines()[-1]}")
+                tqdm.write(f"{mixer}: {error}", file=sys.stderr)
             progress(1, "done")
             if options.json is not None:
-                wrong = view.failures(results)
+                wrong = broken + view.failures(results)
                 whole = {"view": options.view, "environment": conditions, "results": results, "failures": wrong}
                 options.json.write_text(json.dumps(whole, indent=1) + "\n")
-    tables, wrong = view.tables(results, options), view.failures(results)
+    tables, wrong = view.tables(results, options), broken + view.failures(results)
     for table in tables:
         print(f"\n{report.as_text(table)}")
     print(f"\nload average at the end {load()}")
     plot = getattr(options, "plot", None)
-    if plot is not None:
+    if plot is not None and results:
         view.plot(results, plot)
     if options.markdown is not None:
         command = " ".join(["python -m seqmodels.tools.survey", *argv])
