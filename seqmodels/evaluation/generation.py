@@ -67,6 +67,20 @@ def generate(
 
     Memory does not grow with the text, but for attention without a window, whose cache is made for all of it.
     """
+    steps = generate_with_states(model, params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed)
+    return (tokens for tokens, _ in steps)
+
+
+def generate_with_states(
+    model: LanguageModel,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """As `generate`, and with each token the model's state before it is read."""
     if not prompts or min(map(len, prompts)) == 0:
         raise InputError("generate: a prompt has no tokens; expected at least one in each")
     length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
@@ -96,7 +110,7 @@ def generate(
             drawn, state = prefill(variables, tokens, segment_ids, keys[0])
         else:
             drawn, state = decode(variables, drawn, state, keys[i])
-        yield np.asarray(drawn, np.int32)
+        yield np.asarray(drawn, np.int32), state
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

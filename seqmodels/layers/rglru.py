@@ -91,9 +91,8 @@ class _Gates(nn.Module):
         weight = self.param(f"{name}_weight", init, (self.num_heads, block, block), self.param_dtype)
         bias = self.param(f"{name}_bias", nn.initializers.zeros, (self.num_heads, block), self.param_dtype)
         blocks = u.reshape(*u.shape[:2], self.num_heads, block)
-        logits = jnp.einsum(
-            "bthi,hij->bthj", blocks, weight.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        # Numbers of `dtype` in float32: XLA on CPUs does not multiply blocks of bfloat16 into float32.
+        logits = jnp.einsum("bthi,hij->bthj", *(x.astype(self.dtype).astype(jnp.float32) for x in (blocks, weight)))
         return (logits + bias.astype(jnp.float32)).reshape(u.shape)
 
 

@@ -1,6 +1,7 @@
 """Parameters and floating-point operations, counted from the program itself."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,15 +17,20 @@ def parameter_count(params: Any) -> int:
 
 
 def flops_per_token(model: LanguageModel, seq_len: int) -> float:
-    """Floating-point operations of one forward pass per token, at that sequence length.
-
-    Counts matrix products and convolutions (a multiply and an add each) of the program as traced, loops included;
-    element-wise work is left out, as is usual for utilisation figures. A training step costs three times as much.
-    """
+    """Floating-point operations of one forward pass per token, at that sequence length; see `flops`. A training step
+    costs three times as much."""
     tokens = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    program = jax.make_jaxpr(lambda params, tokens: model.apply(params, tokens)[0])(params, tokens)
-    return _count(program.jaxpr) / seq_len
+    return flops(lambda params, tokens: model.apply(params, tokens)[0], params, tokens) / seq_len
+
+
+def flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations of a call with arguments of these shapes.
+
+    Counts matrix products and convolutions (a multiply and an add each) of the program as traced, loops included;
+    element-wise work is left out, as is usual for utilisation figures.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def _count(jaxpr: core.Jaxpr) -> float:

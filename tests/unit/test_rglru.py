@@ -130,3 +130,11 @@ def test_decays_start_between_slow_and_very_slow():
     params = jax.jit(RGLRU(d_model=64).init)(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]["rg_lru"]
     slowest = np.exp(-np.logaddexp(0, np.asarray(params["recurrent_param"], np.float64)))
     assert slowest.min() >= 0.9 - TOLERANCES["layer"] and slowest.max() <= 0.999 + TOLERANCES["layer"]
+
+
+def test_blocks_of_an_ordinary_width_run_in_bfloat16():
+    """Narrow blocks take another path of XLA's than those of 32 channels, which on CPUs refuses mixed products."""
+    x = jnp.ones((1, 64, 128), jnp.bfloat16)
+    layer = RGLRU(d_model=128, num_heads=4, dtype=jnp.bfloat16)
+    y, _ = jax.jit(layer.apply)(jax.jit(layer.init)(jax.random.key(0), x), x)
+    assert y.dtype == jnp.bfloat16 and jnp.isfinite(y).all()

@@ -151,7 +151,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=_environment(task.threads),
+            env=worker_environment(task.threads),
             start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends its workers
         )
         self._send(pickle.dumps(task))
@@ -187,7 +187,7 @@ class _Worker:
             return Skipped(reason, traceback=f"{printed}\n{reason}")
 
 
-def _environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int) -> dict[str, str]:
     """The environment in which a worker keeps to so many threads, and to the CPU."""
     count = str(threads)
     flags = os.environ.get("XLA_FLAGS", "")
