@@ -120,6 +120,7 @@ def _by_row(rows: np.ndarray, x: Any) -> np.ndarray:
 def check_summary(case: OpCase) -> None:
     """Law 3. `combine` is associative, and `apply` of a span's summary gives the span's final state."""
     op = case.op
+    assert op.summarize and op.combine and op.apply, f"{case}: has no summary"
     with case.precisely():
         span = case.span(case.exact)
         arrays, options = case.dispatched(span.arrays)
