@@ -51,14 +51,11 @@ class Stream:
             self._after["cursor"] = Cursor(cursor.segment_id, cursor.position + length)
             return
         docs = self.documents = _scan.documents(segment_ids, cursor.segment_id)
-        count = jnp.cumsum(docs.real, axis=1, dtype=jnp.int32)
-        count_before = jax.lax.cummax(jnp.where(_scan.starts(docs), count - 1, 0), axis=1)
-        in_document = count - count_before + jnp.where(docs.index == 0, cursor.position[:, None], 0)
-        self.positions = in_document - 1
+        self.positions = _scan.places(docs, cursor.position)
         last = jnp.argmax(jnp.where(docs.real, jnp.arange(length), -1), axis=1)
         last_id = jnp.take_along_axis(segment_ids, last[:, None], axis=1)[:, 0]
         self._after["cursor"] = Cursor(
-            jnp.where(docs.real.any(axis=1), last_id, cursor.segment_id).astype(jnp.int32), in_document[:, -1]
+            jnp.where(docs.real.any(axis=1), last_id, cursor.segment_id).astype(jnp.int32), self.positions[:, -1] + 1
         )
 
     def __call__(self, name: str, op: Callable[..., tuple[Array, Any]], *args: Any, **options: Any) -> Array:

@@ -42,12 +42,17 @@ from jaxtyping import Float, Int
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
-from seqmodels.ops import _dispatch, _scan
-from seqmodels.ops._memory_network import ACTIVATIONS, Norm, Weights, loss, read
+from seqmodels.ops import _dispatch, _scan, _tiles
+from seqmodels.ops._memory_network import ACTIVATIONS, Linear, Norm, Weights, loss, read
+from seqmodels.ops._neural_memory_chunked import Memory, MiniBatch, in_order, in_tiles
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
 Gate = Float[Array, "b t h"]
+
+
+TIME_ARGS = ("q", "k", "v", "theta", "alpha", "eta", "reach")
+LEARNED = ("weights", "momentum", "reference")
 
 
 class NeuralMemoryState(NamedTuple):
@@ -228,9 +233,6 @@ def _initial_state(arrays: Inputs, options: Options) -> NeuralMemoryState:
     return state._replace(**{name: jax.tree.map(lambda x: x.astype(dtype), getattr(state, name)) for name in LEARNED})
 
 
-LEARNED = ("weights", "momentum", "reference")
-
-
 def _step(state: NeuralMemoryState, arrays: Inputs, options: Options) -> tuple[NeuralMemoryState, Array]:
     W, S, R, place = state
     dtype = W[0].A.dtype
@@ -260,17 +262,70 @@ def _step(state: NeuralMemoryState, arrays: Inputs, options: Options) -> tuple[N
     return NeuralMemoryState(W, S, R, jnp.where(is_last, 0, place + 1)), o.astype(arrays["v"].dtype)
 
 
+def _chunked(
+    arrays: Inputs, state: NeuralMemoryState, docs: Documents | None, chunk_size: int | None, options: Options
+) -> tuple[Array, NeuralMemoryState]:
+    size, length = options["mini_batch"], arrays["q"].shape[1]
+    group = -(-(chunk_size or 1) // size)
+    inputs, start = MiniBatch(*(arrays[name] for name in MiniBatch._fields)), Memory(*state[:3])
+    if docs is None and options["fresh"]:
+        o, memory = in_order(inputs, start, arrays["norm"], options, group)
+        return o, NeuralMemoryState(*memory, state.place + length % size)
+    fresh = _initial_state(arrays, options)
+    tiles = _tiles.lay(docs, state.place, length, size)
+
+    def by_tiles() -> tuple[Array, NeuralMemoryState]:
+        one_row = jax.tree.map(lambda x: x[0], Memory(*fresh[:3]))
+        o, memory = in_tiles(inputs, start, one_row, tiles, arrays["norm"], options, group)
+        return o, NeuralMemoryState(*memory, tiles.place)
+
+    def by_tokens() -> tuple[Array, NeuralMemoryState]:
+        return _scan.recurrent_in_spans(_step, fresh, arrays, TIME_ARGS, state, docs, options)
+
+    return by_tiles() if tiles.fit is None else jax.lax.cond(tiles.fit, by_tiles, by_tokens)
+
+
 def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
-    return {}
+    keys = iter(jax.random.split(key, 24))
+    heads, dim, hidden = 2, 4, 6
+
+    def normal(*shape: int, scale: float = 1.0) -> Array:
+        return scale * jax.random.normal(next(keys), shape)
+
+    def gate(bias: float) -> Array:
+        return jax.nn.sigmoid(normal(batch, length, heads) + bias)
+
+    q, k = (normal(batch, length, heads, dim) for _ in range(2))
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    values = normal(batch, length, heads, dim)
+    theta, alpha, eta = gate(0) / 4, gate(-2), gate(0)
+    matrix = (Linear(normal(heads, dim, 3, scale=0.5)),)
+    two_layers = (
+        Linear(normal(heads, dim, hidden, scale=0.5), normal(heads, hidden, scale=0.1)),
+        Linear(normal(heads, hidden, dim, scale=0.5), normal(heads, dim, scale=0.1)),
+    )
+    momentum = jax.tree.map(lambda x: normal(*x.shape, scale=0.1), two_layers)
+    norm = Norm(1 + normal(heads, dim, scale=0.1), normal(heads, dim, scale=0.1))
+    linear = {"q": q, "k": k, "v": values[..., :3], "theta": theta, "alpha": alpha, "eta": eta, "weights": matrix}
+    deep = {**linear, "v": values, "weights": two_layers, "norm": norm, "momentum": momentum}
+    ttt = {"q": q, "k": k, "v": values, "theta": theta, "reach": gate(0), "weights": two_layers, "norm": norm}
+    at_limits = jnp.broadcast_to(jnp.arange(length)[:, None] // jnp.array([1, 2]) % 2, theta.shape).astype(q.dtype)
+    limits = {**deep, "theta": at_limits, "alpha": jnp.roll(at_limits, 1, axis=1), "eta": 1 - at_limits}
+    return {
+        "a matrix with momentum": Example(linear, {"mini_batch": 4}),
+        "test-time training": Example(ttt, {"mini_batch": 5, "residual": True, "loss_scale": 0.5}),
+        "two layers, residual, norm": Example(deep, {"mini_batch": 4, "residual": True, "activation": "silu"}),
+        "gates at 0 and 1": Example(limits, {"mini_batch": 4}, extreme=True),
+    }
 
 
 NEURAL_MEMORY = SeqOp(
     name="neural_memory",
     call=neural_memory,
-    time_args=("q", "k", "v", "theta", "alpha", "eta", "reach"),
+    time_args=TIME_ARGS,
     step=_step,
     initial_state=_initial_state,
-    forms={},
+    forms={"chunked": _chunked},
     summary_kind="relay",
     examples=_examples,
     known_gaps={"summary": "the gradients of a mini-batch depend on the state at its start: a span has no summary"},
