@@ -44,7 +44,7 @@ class Stream:
         self._before = state or {}
         self._after: MixerState = {}
         zero = jnp.zeros(batch, jnp.int32)
-        cursor = self._before.get("cursor", Cursor(zero, zero))
+        cursor = self._cursor = self._before.get("cursor", Cursor(zero, zero))
         if segment_ids is None:
             self.documents = None
             self.positions = cursor.position[:, None] + jnp.arange(length)
@@ -58,11 +58,18 @@ class Stream:
             jnp.where(docs.real.any(axis=1), last_id, cursor.segment_id).astype(jnp.int32), self.positions[:, -1] + 1
         )
 
-    def __call__(self, name: str, op: Callable[..., tuple[Array, Any]], *args: Any, **options: Any) -> Array:
-        """Run `op` over the span. `name` is the operator's key in the layer's state."""
-        o, self._after[name] = op(
-            *args, initial_state=self._before.get(name), segment_ids=self.documents, **options
-        )
+    def __call__(
+        self, name: str, op: Callable[..., tuple[Array, Any]], *args: Any, fresh: Any = None, **options: Any
+    ) -> Array:
+        """Run `op` over the span. `name` is the operator's key in the layer's state.
+
+        fresh: the operator's state before the first token of a document, where that depends on parameters: it stands in
+        for what `initial_state`, which has none, gave a row that no token was read of.
+        """
+        state = self._before.get(name)
+        if fresh is not None and state is not None:
+            state = _scan.where_row(self._cursor.position == 0, fresh, state)
+        o, self._after[name] = op(*args, initial_state=state, segment_ids=self.documents, **options)
         return o
 
     def end(self) -> MixerState:

@@ -59,27 +59,22 @@ class Memory(NamedTuple):
 def in_order(
     inputs: MiniBatch, start: Memory, norm: Norm | None, options: Options, group: int
 ) -> tuple[Array, Memory]:
-    """Rows [b, t, h, ...] of one document each, which start with a mini-batch: no tile has an empty slot but the last.
+    """Rows [b, t, h, ...] of one document each, which start with a mini-batch. group: mini-batches per chunk."""
+    (batch, length), size = inputs.q.shape[:2], options["mini_batch"]
 
-    group: mini-batches per chunk.
-    """
-    length, size = inputs.q.shape[1], options["mini_batch"]
-    whole = length // size * size
+    def cut(x: Array) -> Array:
+        return _scan.pad_time(x, size).reshape(batch, -1, size, *x.shape[2:])
+
     tile = partial(_tile, norm=norm, fresh=None, options=options)
-    memory, outputs = start._replace(reference=None), []
-    if whole:
-        cut = jax.tree.map(lambda x: x[:, :whole].reshape(x.shape[0], -1, size, *x.shape[2:]), inputs)
-        memory, o = _scan_tiles(tile, memory, (cut, None, None), group)
-        outputs = [o.reshape(o.shape[0], -1, *o.shape[3:])]
-    if whole < length:
-        rest = jax.tree.map(lambda x: _scan.pad_time(x[:, whole:], size)[:, None], inputs)
-        real = jnp.broadcast_to(jnp.arange(size) < length - whole, (inputs.q.shape[0], 1, size))
-        reference = memory.weights
-        memory, o = _scan_tiles(tile, memory, (rest, real, None), group)
-        memory = memory._replace(reference=reference)
-        outputs.append(o[:, 0, : length - whole])
-    o = jnp.concatenate(outputs, axis=1)
-    return o, memory if memory.reference is not None else memory._replace(reference=memory.weights)
+    tiles, real = jax.tree.map(cut, inputs), None
+    if length % size:
+        real = cut(jnp.ones((batch, length), bool))
+    else:
+        start = start._replace(reference=None)
+    memory, o = _scan_tiles(tile, start, (tiles, real, None), group)
+    if memory.reference is None:
+        memory = memory._replace(reference=memory.weights)
+    return o.reshape(batch, -1, *o.shape[3:])[:, :length], memory
 
 
 def in_tiles(

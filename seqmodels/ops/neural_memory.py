@@ -299,23 +299,24 @@ def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
     k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
     values = normal(batch, length, heads, dim)
     theta, alpha, eta = gate(0) / 4, gate(-2), gate(0)
-    matrix = (Linear(normal(heads, dim, 3, scale=0.5)),)
+    matrix = (Linear(normal(heads, dim, dim, scale=0.5)),)
     two_layers = (
         Linear(normal(heads, dim, hidden, scale=0.5), normal(heads, hidden, scale=0.1)),
         Linear(normal(heads, hidden, dim, scale=0.5), normal(heads, dim, scale=0.1)),
     )
-    momentum = jax.tree.map(lambda x: normal(*x.shape, scale=0.1), two_layers)
+    momentum = (Linear(normal(heads, dim, dim, scale=0.1)),)
     norm = Norm(1 + normal(heads, dim, scale=0.1), normal(heads, dim, scale=0.1))
-    linear = {"q": q, "k": k, "v": values[..., :3], "theta": theta, "alpha": alpha, "eta": eta, "weights": matrix}
-    deep = {**linear, "v": values, "weights": two_layers, "norm": norm, "momentum": momentum}
+    deep = {"q": q, "k": k, "v": values, "theta": theta, "alpha": alpha, "eta": eta, "weights": two_layers}
     ttt = {"q": q, "k": k, "v": values, "theta": theta, "reach": gate(0), "weights": two_layers, "norm": norm}
-    at_limits = jnp.broadcast_to(jnp.arange(length)[:, None] // jnp.array([1, 2]) % 2, theta.shape).astype(q.dtype)
-    limits = {**deep, "theta": at_limits, "alpha": jnp.roll(at_limits, 1, axis=1), "eta": 1 - at_limits}
+    one_layer = {**deep, "weights": matrix, "momentum": momentum, "norm": norm}
+    at_limits = jnp.arange(length)[:, None] // jnp.array([1, 2]) % 2
+    at_limits = jnp.broadcast_to(at_limits, theta.shape).astype(theta.dtype)
+    limits = {"theta": at_limits, "alpha": jnp.roll(at_limits, 1, axis=1), "eta": 1 - at_limits}
     return {
-        "a matrix with momentum": Example(linear, {"mini_batch": 4}),
+        "two layers": Example({**deep, "momentum": None}, {"mini_batch": 4, "activation": "silu"}),
         "test-time training": Example(ttt, {"mini_batch": 5, "residual": True, "loss_scale": 0.5}),
-        "two layers, residual, norm": Example(deep, {"mini_batch": 4, "residual": True, "activation": "silu"}),
-        "gates at 0 and 1": Example(limits, {"mini_batch": 4}, extreme=True),
+        "a matrix, norm, residual": Example(one_layer, {"mini_batch": 4, "residual": True}),
+        "gates at 0 and 1": Example({**deep, **limits}, {"mini_batch": 4}, extreme=True),
     }
 
 
