@@ -71,10 +71,10 @@ def in_order(
         real = cut(jnp.ones((batch, length), bool))
     else:
         start = start._replace(reference=None)
-    memory, o = _scan_tiles(tile, start, (tiles, real, None), group)
+    memory, o = _scan_tiles(tile, start, (_heads_first(tiles), real, None), group)
     if memory.reference is None:
         memory = memory._replace(reference=memory.weights)
-    return o.reshape(batch, -1, *o.shape[3:])[:, :length], memory
+    return _heads_last(o).reshape(batch, -1, *inputs.v.shape[2:])[:, :length], memory
 
 
 def in_tiles(
@@ -89,8 +89,17 @@ def in_tiles(
     """Rows of any documents, from any place in a mini-batch. fresh: where documents start, [h, ...]."""
     cut = jax.tree.map(lambda x: _tiles.to_tiles(x, tiles), inputs)
     tile = partial(_tile, norm=norm, fresh=fresh, options=options)
-    memory, o = _scan_tiles(tile, start, (cut, tiles.real, tiles.starts), group)
-    return _tiles.from_tiles(o, tiles), memory
+    memory, o = _scan_tiles(tile, start, (_heads_first(cut), tiles.real, tiles.starts), group)
+    return _tiles.from_tiles(_heads_last(o), tiles), memory
+
+
+def _heads_first(inputs: MiniBatch) -> MiniBatch:
+    """[b, n, c, h, ...] -> [b, n, h, c, ...], for products of matrices that lie side by side."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), inputs)
+
+
+def _heads_last(o: Array) -> Array:
+    return jnp.swapaxes(o, 2, 3)
 
 
 def _scan_tiles(tile: Callable, start: Memory, tiles: Any, group: int) -> tuple[Memory, Array]:
@@ -102,7 +111,7 @@ def _scan_tiles(tile: Callable, start: Memory, tiles: Any, group: int) -> tuple[
     batch, count = jax.tree.leaves(tiles)[0].shape[:2]
     whole = count // group * group
 
-    @partial(jax.checkpoint, prevent_cse=False)
+    @partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
     def chunk(memory: Memory, tiles: Any) -> tuple[Memory, Array]:
         return tile(memory, tiles) if group == 1 else jax.lax.scan(tile, memory, tiles)
 
@@ -132,8 +141,7 @@ def _tile(
     inputs, real, start = tile
     if start is not None:
         memory = jax.tree.map(partial(jnp.where, start), fresh, memory)
-    by_head = jax.vmap(partial(_mini_batch, real=real, options=options), in_axes=(0, 1, 0), out_axes=(0, 1))
-    return by_head(memory, inputs, norm)
+    return jax.vmap(partial(_mini_batch, real=real, options=options))(memory, inputs, norm)
 
 
 def _mini_batch(
