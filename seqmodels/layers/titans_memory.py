@@ -40,7 +40,9 @@ class TitansMemory(QKVMixer):
     conv_size         width of the short convolution with silu on q, k and v; None for silu alone
     norm_eps          epsilon of the norms
 
-    At the start alpha is 0.02, eta and the share of theta 1/2, on average.
+    At the start alpha is about 0.001, eta and the share of theta 1/2. Alpha starts so low because a deep memory that
+    forgets faster than it learns ends with all weights near zero, where its gradients vanish as well, and how it leaves
+    from there depends on its inputs without bound: so do the gradients of a training step.
     """
 
     num_heads: int = 4
@@ -79,7 +81,7 @@ class TitansMemory(QKVMixer):
     def setup(self) -> None:
         super().setup()
         self.g_proj = self.dense(self.d_model)
-        self.theta_proj, self.alpha_proj, self.eta_proj = map(self._gate, (0.0, -4.0, 0.0))
+        self.theta_proj, self.alpha_proj, self.eta_proj = map(self._gate, (0.0, -7.0, 0.0))
         self.o_norm = make_norm("rmsnorm", epsilon=self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
         fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=0)
         self.memory = memory_weights(self, self.num_heads, self.memory_widths, fan_in, use_bias=False)

@@ -15,6 +15,9 @@ from tests.operators import LENGTH, SEGMENTS, assert_close
 HEADS, DIM, HIDDEN, MINI_BATCH = 2, 4, 6, 5
 EPSILON = 1e-6
 FORMS = ("recurrent", "chunked")
+SETTINGS = ("mini_batch", "activation", "residual", "loss_scale", "epsilon", "form", "chunk_size")
+
+memory = jax.jit(neural_memory, static_argnames=SETTINGS)
 
 
 def sigmoid(x):
@@ -95,11 +98,8 @@ def head(arrays, row, head):
 @pytest.mark.parametrize("mini_batch", [1, MINI_BATCH])
 def test_equals_loop_over_tokens(float64, form, mini_batch):
     arrays, weights = arguments(np.random.default_rng(0))
-    o, state = jax.jit(
-        lambda arrays, weights, ids: neural_memory(
-            **arrays, weights=weights, activation="silu", mini_batch=mini_batch, segment_ids=ids, form=form
-        )
-    )(arrays, weights, SEGMENTS)
+    settings = {"activation": "silu", "mini_batch": mini_batch, "form": form}
+    o, state = memory(**arrays, weights=weights, segment_ids=SEGMENTS, **settings)
     for row in range(2):
         starts, ends = layout(SEGMENTS[row], mini_batch)
         for h in range(HEADS):
@@ -140,7 +140,7 @@ def test_is_ttt_linear(float64, form):
     arrays = {name: arrays[name] for name in ("q", "k", "v", "theta")}
     W, c, scale, bias = (random.normal(size=(HEADS, *shape)) for shape in ((DIM, DIM), (DIM,), (DIM,), (DIM,)))
     reach = np.tile(1 / (1 + np.arange(LENGTH) % MINI_BATCH), (1, HEADS, 1)).swapaxes(1, 2)
-    o, _ = neural_memory(
+    o, _ = memory(
         **arrays,
         reach=jnp.array(reach),
         weights=(Linear(W, c),),
@@ -161,7 +161,7 @@ def test_linear_memory_of_single_tokens_is_the_delta_rule(float64, form):
     arrays, _ = arguments(np.random.default_rng(2))
     q, k, v, theta = (arrays[name] for name in ("q", "k", "v", "theta"))
     zero = jnp.zeros((HEADS, DIM, DIM))
-    o, state = neural_memory(q, k, v, theta, weights=(Linear(zero),), mini_batch=1, segment_ids=SEGMENTS, form=form)
+    o, state = memory(q, k, v, theta, weights=(Linear(zero),), mini_batch=1, segment_ids=SEGMENTS, form=form)
     expected, S = delta_rule(q, k, v, 2 * theta, scale=1.0, segment_ids=SEGMENTS, form="recurrent")
     assert_close((o, state.weights[0].A), (expected, S))
     assert_close(state.reference, state.weights)
@@ -175,7 +175,7 @@ def test_diverges_where_the_step_is_too_long(float64, share, diverges):
     theta = share / np.linalg.eigvalsh(k.T @ k).max()
     q, k, v = (np.tile(x, (1, repeats, 1, 1)) for x in (k[:, None],) * 3)
     weights = (Linear(random.normal(size=(1, DIM, DIM))),)
-    o, state = neural_memory(q, k, v, np.full(q.shape[:3], theta), weights=weights, mini_batch=MINI_BATCH)
+    o, state = memory(q, k, v, np.full(q.shape[:3], theta), weights=weights, mini_batch=MINI_BATCH)
     before, after = (float(jnp.linalg.norm(o[0, t] - v[0, t])) for t in (MINI_BATCH, -MINI_BATCH))
     assert after > 1e3 * before if diverges else after < before
     assert (float(jnp.linalg.norm(state.weights[0].A)) > 1e3) == diverges
@@ -186,12 +186,12 @@ def test_starts_from_the_memory_of_a_prefix(float64):
     arrays, weights = arguments(np.random.default_rng(4), batch=1)
     prefix, rest = ({name: x[:, part] for name, x in arrays.items()} for part in (slice(10), slice(10, None)))
     settings = {"mini_batch": MINI_BATCH, "activation": "silu"}
-    whole, final = neural_memory(**arrays, weights=weights, **settings)
-    _, state = neural_memory(**prefix, weights=weights, **settings)
+    whole, final = memory(**arrays, weights=weights, **settings)
+    _, state = memory(**prefix, weights=weights, **settings)
     start = dict(zip(("weights", "momentum"), fresh_start(state), strict=True))
-    o, state = neural_memory(**rest, **start, **settings)
+    o, state = memory(**rest, **start, **settings)
     assert_close((o, state), (whole[:, 10:], final))
-    packed, _ = neural_memory(
+    packed, _ = memory(
         **{name: np.tile(x, (1, 2, *(1,) * (x.ndim - 2))) for name, x in rest.items()},
         **start,
         **settings,
@@ -202,7 +202,7 @@ def test_starts_from_the_memory_of_a_prefix(float64):
 
 def test_recall_reads_without_a_write(float64):
     arrays, weights = arguments(np.random.default_rng(5))
-    _, state = neural_memory(**arrays, weights=weights, activation="silu")
+    _, state = memory(**arrays, weights=weights, activation="silu")
     A, B = (np.asarray(layer.A) for layer in state.weights)
     expected = silu(arrays["q"].swapaxes(1, 2) @ A) @ B
     assert_close(recall(arrays["q"], state.weights, activation="silu"), expected.swapaxes(1, 2))
@@ -211,13 +211,13 @@ def test_recall_reads_without_a_write(float64):
 def test_layer_starts_documents_from_its_persistent_tokens():
     layer = TitansMemory(d_model=8, num_heads=2, persistent=3, mini_batch=4)
     x = jax.random.normal(jax.random.key(0), (1, 6, 8))
-    variables = layer.init(jax.random.key(1), x)
-    y, _ = layer.apply(variables, x)
-    packed, _ = layer.apply(variables, jnp.tile(x, (1, 2, 1)), None, np.repeat([[1, 2]], 6, axis=1))
+    variables, apply = jax.jit(layer.init)(jax.random.key(1), x), jax.jit(layer.apply)
+    y, _ = apply(variables, x)
+    packed, _ = apply(variables, jnp.tile(x, (1, 2, 1)), None, np.repeat([[1, 2]], 6, axis=1))
     assert_close(packed, jnp.tile(y, (1, 2, 1)), "layer")
     params = variables["params"]
     other = {"params": {**params, "persistent_tokens": 1 + params["persistent_tokens"]}}
-    assert np.abs(np.asarray(layer.apply(other, x)[0] - y)).max() > 1e-3
+    assert np.abs(np.asarray(apply(other, x)[0] - y)).max() > 1e-3
 
 
 @pytest.mark.slow
