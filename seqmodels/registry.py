@@ -25,11 +25,14 @@ from seqmodels.layers.retention import Retention
 from seqmodels.layers.rglru import RGLRU
 from seqmodels.layers.rwkv6 import RWKV6
 from seqmodels.layers.softmax_attention import SoftmaxAttention
+from seqmodels.layers.titans_memory import TitansMemory
+from seqmodels.layers.ttt import TTT
 from seqmodels.ops._op import SeqOp
 from seqmodels.ops.aaren import AAREN
 from seqmodels.ops.delta_rule import DELTA_RULE
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION
 from seqmodels.ops.mlstm import MLSTM as MLSTM_OP
+from seqmodels.ops.neural_memory import NEURAL_MEMORY
 from seqmodels.ops.rglru import RGLRU as RGLRU_OP
 from seqmodels.ops.short_conv import SHORT_CONV
 from seqmodels.ops.softmax_attention import SOFTMAX_ATTENTION
@@ -60,6 +63,8 @@ MIXERS: dict[str, Entry] = {
     "mlstm": Entry(MLSTM_OP, MLSTM),
     "hgrn2": Entry(LINEAR_ATTENTION, HGRN2),
     "rwkv6": Entry(WKV6, RWKV6),
+    "titans_memory": Entry(NEURAL_MEMORY, TitansMemory),
+    "ttt": Entry(NEURAL_MEMORY, TTT),
     "softmax_attention": Entry(SOFTMAX_ATTENTION, SoftmaxAttention),
 }
 

@@ -25,6 +25,8 @@ from seqmodels.layers.retention import Retention
 from seqmodels.layers.rglru import RGLRU
 from seqmodels.layers.rwkv6 import RWKV6
 from seqmodels.layers.softmax_attention import SoftmaxAttention
+from seqmodels.layers.titans_memory import TitansMemory
+from seqmodels.layers.ttt import TTT
 
 __all__ = [
     "GLU",
@@ -33,6 +35,7 @@ __all__ = [
     "RGLRU",
     "RWKV6",
     "SGLU",
+    "TTT",
     "Aaren",
     "Based",
     "DeltaNet",
@@ -49,5 +52,6 @@ __all__ = [
     "SoftmaxAttention",
     "Stream",
     "SwiGLU",
+    "TitansMemory",
     "make_norm",
 ]

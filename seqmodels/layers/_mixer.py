@@ -44,28 +44,32 @@ class Stream:
         self._before = state or {}
         self._after: MixerState = {}
         zero = jnp.zeros(batch, jnp.int32)
-        cursor = self._before.get("cursor", Cursor(zero, zero))
+        cursor = self._cursor = self._before.get("cursor", Cursor(zero, zero))
         if segment_ids is None:
             self.documents = None
             self.positions = cursor.position[:, None] + jnp.arange(length)
             self._after["cursor"] = Cursor(cursor.segment_id, cursor.position + length)
             return
         docs = self.documents = _scan.documents(segment_ids, cursor.segment_id)
-        count = jnp.cumsum(docs.real, axis=1, dtype=jnp.int32)
-        count_before = jax.lax.cummax(jnp.where(_scan.starts(docs), count - 1, 0), axis=1)
-        in_document = count - count_before + jnp.where(docs.index == 0, cursor.position[:, None], 0)
-        self.positions = in_document - 1
+        self.positions = _scan.places(docs, cursor.position)
         last = jnp.argmax(jnp.where(docs.real, jnp.arange(length), -1), axis=1)
         last_id = jnp.take_along_axis(segment_ids, last[:, None], axis=1)[:, 0]
         self._after["cursor"] = Cursor(
-            jnp.where(docs.real.any(axis=1), last_id, cursor.segment_id).astype(jnp.int32), in_document[:, -1]
+            jnp.where(docs.real.any(axis=1), last_id, cursor.segment_id).astype(jnp.int32), self.positions[:, -1] + 1
         )
 
-    def __call__(self, name: str, op: Callable[..., tuple[Array, Any]], *args: Any, **options: Any) -> Array:
-        """Run `op` over the span. `name` is the operator's key in the layer's state."""
-        o, self._after[name] = op(
-            *args, initial_state=self._before.get(name), segment_ids=self.documents, **options
-        )
+    def __call__(
+        self, name: str, op: Callable[..., tuple[Array, Any]], *args: Any, fresh: Any = None, **options: Any
+    ) -> Array:
+        """Run `op` over the span. `name` is the operator's key in the layer's state.
+
+        fresh: the operator's state before the first token of a document, where that depends on parameters: it stands in
+        for what `initial_state`, which has none, gave a row that no token was read of.
+        """
+        state = self._before.get(name)
+        if fresh is not None and state is not None:
+            state = _scan.where_row(self._cursor.position == 0, fresh, state)
+        o, self._after[name] = op(*args, initial_state=state, segment_ids=self.documents, **options)
         return o
 
     def end(self) -> MixerState:

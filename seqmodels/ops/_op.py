@@ -56,6 +56,8 @@ class SeqOp:
     summarize       (arrays, documents, options) -> what the span does to any state
     combine         (earlier summary, later summary, options) -> summary of both spans
     apply           (summary, state, options) -> state after the span
+                    The three are None where what a span does to a state has no summary of fixed size ("relay"): law
+                    3, "summary", is then a known gap
                     options are the static keyword arguments, and `fresh`: True where no state was handed in, so that
                     a form may leave out the reading of an empty one
     summary_kind    how a shard of a longer sequence gets what it needs: "prefix" one all-gather of fixed-size
@@ -72,11 +74,11 @@ class SeqOp:
     step: Callable[[State, Inputs, Options], tuple[State, Array]]
     initial_state: Callable[[Inputs, Options], State]
     forms: Mapping[str, Callable[..., tuple[Array, State]]]
-    summarize: Callable[..., Summary]
-    combine: Callable[..., Summary]
-    apply: Callable[..., State]
     summary_kind: Literal["prefix", "halo", "ring", "relay"]
     examples: Callable[[Array, int, int], dict[str, Example]]
+    summarize: Callable[..., Summary] | None = None
+    combine: Callable[..., Summary] | None = None
+    apply: Callable[..., State] | None = None
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     state_grows: bool = False
     known_gaps: Mapping[str, str] = field(default_factory=dict)

@@ -1,5 +1,6 @@
 """What every operator shares along the time axis: documents, padding, chunks, and the recurrence itself."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,6 +45,16 @@ def starts(docs: Documents) -> Array:
     return jnp.diff(docs.index, axis=1, prepend=0) > 0
 
 
+def places(docs: Documents, seen: Int[Array, " b"]) -> Int[Array, "b t"]:
+    """The place of each token in its document, from 0; `seen` tokens of the incoming document came before.
+
+    A padding position has the place of the last real token before it, -1 where there is none.
+    """
+    count = jnp.cumsum(docs.real, axis=1, dtype=jnp.int32)
+    count_before = jax.lax.cummax(jnp.where(starts(docs), count - 1, 0), axis=1)
+    return count - 1 - count_before + jnp.where(docs.index == 0, seen[:, None], 0)
+
+
 def where_row(condition: Array, if_true: State, if_false: State) -> State:
     """Choose between two states row by row; `condition` is [b]."""
 
@@ -85,6 +96,39 @@ def recurrent(
     by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (timed, marks))
     state, o = jax.lax.scan(body, state, by_time)
     return jnp.moveaxis(o, 0, 1), state
+
+
+def recurrent_in_spans(
+    step: Callable[[State, Inputs, Options], tuple[State, Array]],
+    fresh: State,
+    arrays: Inputs,
+    time_args: tuple[str, ...],
+    state: State,
+    docs: Documents,
+    options: Options,
+) -> tuple[Array, State]:
+    """`recurrent`, whose backward pass keeps about 2 sqrt(t) states instead of t."""
+    length = docs.index.shape[1]
+    size = math.isqrt(length - 1) + 1
+    timed = {name: x for name, x in arrays.items() if name in time_args and x is not None}
+    index, real = pad_time(docs.index, size, "edge"), pad_time(docs.real, size)
+    before = jnp.pad(index[:, size - 1 : -1 : size], ((0, 0), (1, 0)))
+
+    def in_spans(x: Array) -> Array:
+        x = pad_time(x, size)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def span(state: State, inputs: tuple) -> tuple[State, Array]:
+        part, index, real, before = inputs
+        docs = Documents(index - before[:, None], real)
+        o, state = recurrent(step, fresh, {**arrays, **part}, time_args, state, docs, options)
+        return state, o
+
+    parts = *jax.tree.map(in_spans, (timed, index, real)), before.T
+    state, o = jax.lax.scan(span, state, parts)
+    o = jnp.moveaxis(o, 0, 1)
+    return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :length], state
 
 
 def pad_time(x: Array, multiple: int, value: str = "zero") -> Array:

@@ -49,6 +49,9 @@ OPTIONAL_FIELDS = {
     "head_dim": 8,
     "n_groups": 2,
     "expand_ratio": 4,
+    "mini_batch": 4,
+    "memory_depth": 1,
+    "persistent": 3,
 }
 
 

@@ -5,9 +5,12 @@ are mild (a weight of exp(g) near 1), as in a model at the start of training.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from seqmodels.ops._memory_network import Linear, Norm
 
 
 class Workload(NamedTuple):
@@ -28,9 +31,9 @@ class Workload(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Arrays by argument name, options of the operator, and a cotangent for its output."""
+    """Arrays, or tuples of them, by argument name, options of the operator, and a cotangent for its output."""
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Any]
     options: dict[str, Any]
     cotangent: np.ndarray
 
@@ -129,6 +132,46 @@ def _matrix_lstm(workload: Workload, random: Random) -> Inputs:
     arrays, options, cotangent = _attention()(workload, random)
     f, i = (random.standard_normal(cotangent.shape[:3], np.float32) for _ in range(2))
     return Inputs({**arrays, "g": -np.logaddexp(0, -f - 4), "i": i}, options, cotangent)
+
+
+def _memory(mini_batch: int, *expand: int) -> Callable[[Workload, Random], Inputs]:
+    """A memory with momentum and forgetting, its hidden layers `expand` times as wide as a key; gates as in a layer."""
+
+    def make(workload: Workload, random: Random) -> Inputs:
+        arrays, _, cotangent = _delta(_attention())(workload, random)
+        logits = (random.standard_normal(cotangent.shape[:3], np.float32) for _ in range(3))
+        share, alpha, eta = (1 / (1 + np.exp(x + bias)) for x, bias in zip(logits, (0, 4, 0), strict=True))
+        del arrays["beta"]
+        widths = (workload.key_dim, *(x * workload.key_dim for x in expand), workload.value_dim)
+        gates = {"theta": share * (1 - eta) / mini_batch, "alpha": alpha, "eta": eta}
+        weights = _network(workload, random, widths)
+        return Inputs({**arrays, **gates, "weights": weights}, {"mini_batch": mini_batch}, cotangent)
+
+    return make
+
+
+def _network(workload: Workload, random: Random, widths: tuple[int, ...], bias: bool = False) -> tuple:
+    """The weights of a memory."""
+    layers = []
+    for i, o in pairwise(widths):
+        A = random.standard_normal((workload.heads, i, o), np.float32) / np.float32(i**0.5)
+        layers.append(Linear(A, np.zeros((workload.heads, o), np.float32) if bias else None))
+    return tuple(layers)
+
+
+def _test_time_training(workload: Workload, random: Random) -> Inputs:
+    """TTT-Linear as its layer starts: mini-batches of 16, a step of sigmoid(x) / key channels."""
+    arrays, _, cotangent = _attention()(workload, random)
+    theta = 1 / (1 + np.exp(random.standard_normal(cotangent.shape[:3], np.float32))) / workload.key_dim
+    place = np.arange(workload.length, dtype=np.float32) % 16
+    reach = np.broadcast_to(1 / (1 + place)[:, None], theta.shape)
+    shape = (workload.heads, workload.value_dim)
+    norm = Norm(np.ones(shape, np.float32), np.zeros(shape, np.float32))
+    weights = _network(workload, random, (workload.key_dim, workload.value_dim), bias=True)
+    options = {"mini_batch": 16, "residual": True, "loss_scale": 0.5}
+    return Inputs({**arrays, "theta": theta, "reach": reach, "weights": weights, "norm": norm}, options, cotangent)
+
+
 def _state_space(workload: Workload, random: Random) -> Inputs:
     """Steps and decays as Mamba-2 starts with; one group of B and C for all heads."""
     shape = (workload.batch, workload.length, workload.heads)
@@ -170,4 +213,9 @@ CASES: dict[str, dict[str, Callable[[Workload, Random], Inputs]]] = {
     "aaren": {"learned_query": _learned_query},
     "rglru": {"griffin": _griffin},
     "mlstm": {"gated": _matrix_lstm},
+    "neural_memory": {
+        "matrix": _memory(64),
+        "mlp": _memory(64, 4),
+        "ttt_linear": _test_time_training,
+    },
 }

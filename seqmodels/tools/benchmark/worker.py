@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -139,7 +140,7 @@ def _jax_program(function: Callable[..., Any], given: Inputs, task: Task) -> Pro
     def put(name: str, x: np.ndarray) -> jax.Array:
         return jnp.asarray(x, "float32" if name == "g" else task.workload.dtype)
 
-    arrays = {name: put(name, x) for name, x in given.arrays.items()}
+    arrays = {name: jax.tree.map(partial(put, name), x) for name, x in given.arrays.items()}
     cotangent = put("o", given.cotangent)
 
     def forward(arrays: dict[str, jax.Array], cotangent: jax.Array) -> dict[str, jax.Array]:
@@ -147,7 +148,8 @@ def _jax_program(function: Callable[..., Any], given: Inputs, task: Task) -> Pro
 
     def both(arrays: dict[str, jax.Array], cotangent: jax.Array) -> dict[str, jax.Array]:
         o, pull_back = jax.vjp(lambda arrays: function(**arrays), arrays)
-        return {"o": o, **{f"d{name}": x for name, x in pull_back(cotangent)[0].items()}}
+        gradients = jax.tree.leaves_with_path(pull_back(cotangent)[0])
+        return {"o": o, **{f"d{path[0].key}{jax.tree_util.keystr(path[1:])}": x for path, x in gradients}}
 
     start = time.process_time()
     compiled = jax.jit(both if task.backward else forward).lower(arrays, cotangent).compile()
