@@ -195,6 +195,7 @@ def test_a_worker_that_fails_says_why():
         (["precision", "--length", "3"], "--length is 3"),
         (["train", "--json", "/dev/null/file.json"], "--json /dev/null/file.json cannot be written"),
         (["decode", "--plot", "/dev/null/plot.png"], "--plot /dev/null/plot.png cannot be written"),
+        (["decode", "--plot", "plot.jpeg"], "--plot plot.jpeg ends with '.jpeg'; expected one of .png, .svg, .pdf"),
         (["table", "--update", "/no/such/file.md"], "--update /no/such/file.md is not a file"),
     ],
 )

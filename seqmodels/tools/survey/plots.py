@@ -9,6 +9,7 @@ from seqmodels.errors import InputError
 from seqmodels.tools.survey.views import Result
 
 DASHES = ("-", "--", ":")
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Panel(NamedTuple):
@@ -20,8 +21,10 @@ class Panel(NamedTuple):
     unit: float
 
 
-def check_library() -> None:
+def check(file: Path) -> None:
     """Before minutes of measuring, not after."""
+    if file.suffix not in SUFFIXES:
+        raise InputError(f"--plot {file} ends with {file.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
