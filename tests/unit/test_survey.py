@@ -129,7 +129,10 @@ def test_costs_are_counted():
     assert found.state_bytes == f"{2 * 512 * 4 + 4:,} a token"
 
 
-def test_a_table_is_updated_where_it_stands(tmp_path):
+def test_a_table_is_updated_where_it_stands(monkeypatch, tmp_path):
+    counted = {"rglru": costs.Cost("r c", "8", "1.0", "3.0"), "retention": costs.Cost("r c p", "16", "2.0", "6.0")}
+    monkeypatch.setattr(costs, "MIXERS", {name: name for name in MIXERS})
+    monkeypatch.setattr(costs, "cost", counted.get)
     file = tmp_path / "table.md"
     titles = " | ".join(costs.COLUMNS)
     head = f"before\n\n| mixer | paper | {titles} |\n|---|---|---|---|---|---|\n"
@@ -137,8 +140,8 @@ def test_a_table_is_updated_where_it_stands(tmp_path):
     file.write_text(f"{head}{rows}\nafter\n")
     assert costs.update(file, ["rglru", "retention", "aaren", "based"]) == ["aaren", "based"]
     text = file.read_text()
-    assert f"| `rglru` | a | {' | '.join(costs.cost(MIXERS['rglru']))} |\n" in text
-    assert f"| `retention` | b | {' | '.join(costs.cost(MIXERS['retention']))} |\n" in text
+    assert f"| `rglru` | a | {' | '.join(counted['rglru'])} |\n" in text
+    assert f"| `retention` | b | {' | '.join(counted['retention'])} |\n" in text
     assert text.startswith(head) and text.endswith("| `aaren` | too | few | cells |\n\nafter\n")
     file.write_text("no table")
     with pytest.raises(InputError, match="has no table"):
@@ -192,6 +195,7 @@ def test_a_worker_that_fails_says_why():
         (["precision", "--length", "3"], "--length is 3"),
         (["train", "--json", "/dev/null/file.json"], "--json /dev/null/file.json cannot be written"),
         (["decode", "--plot", "/dev/null/plot.png"], "--plot /dev/null/plot.png cannot be written"),
+        (["decode", "--plot", "plot.jpeg"], "--plot plot.jpeg ends with '.jpeg'; expected one of .png, .svg, .pdf"),
         (["table", "--update", "/no/such/file.md"], "--update /no/such/file.md is not a file"),
     ],
 )

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     for name in ("json", "markdown", "plot"):
         report.check_writable(name, getattr(options, name, None))
     if getattr(options, "plot", None) is not None:
-        plots.check_library()
+        plots.check(options.plot)
     return _measure(view, mixers, options, argv)
 
 

@@ -9,6 +9,7 @@ from seqmodels.errors import InputError
 from seqmodels.tools.survey.views import Result
 
 DASHES = ("-", "--", ":")
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Panel(NamedTuple):
@@ -20,8 +21,10 @@ class Panel(NamedTuple):
     unit: float
 
 
-def check_library() -> None:
+def check(file: Path) -> None:
     """Before minutes of measuring, not after."""
+    if file.suffix not in SUFFIXES:
+        raise InputError(f"--plot {file} ends with {file.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -40,7 +43,7 @@ def draw(
     names = list(dict.fromkeys(name for lines in series.values() for name in lines))
     colours = pyplot.get_cmap("tab10").colors
     looks = dict(zip(names, itertools.cycle((c, dash) for dash in DASHES for c in colours)))
-    size = 6 * len(panels), max(4.5, 0.24 * len(names) + 1)
+    size = 7 * len(panels), max(4.5, 0.24 * max(map(len, series.values())) + 1)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained")
     for i, (panel, ax) in enumerate(zip(panels, axes)):
         for name, points in series[i].items():
@@ -49,11 +52,8 @@ def draw(
             ax.plot(at, values, dash, color=colour, label=name, marker="." if len(at) < 12 else None)
         ax.set(xlabel=panel.x_title, ylabel=panel.title, yscale="log", xscale="log" if log_x else "linear")
         ax.grid(alpha=0.3)
-    shared = [set(lines) for lines in series.values()]
-    if all(each == shared[0] for each in shared):
-        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
-    else:
-        for ax in axes:
-            ax.legend(loc="upper left", bbox_to_anchor=(0, -0.15), fontsize=7, frameon=False, ncols=2)
+    alike = all(list(lines) == list(series[0]) for lines in series.values())
+    for ax in axes[-1:] if alike else axes:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     figure.savefig(file, dpi=130, bbox_inches="tight")
     pyplot.close(figure)

@@ -128,13 +128,15 @@ def tables(results: dict[str, Result], options: Any) -> list[Table]:
 
 
 def plot(results: dict[str, Result], file: Any) -> None:
+    """Of an operator the worst of its examples."""
+    worst = {x["op"]: np.max(list(x["op_errors"].values()), axis=0).tolist() for x in results.values()}
     panels = [
-        plots.Panel("float32 against float64", "tenth of the sequence", "error", 1),
-        plots.Panel("bfloat16 against float32", "tenth of the sequence", "error", 1),
+        plots.Panel("float32 against float64, operators", "tenth of the sequence", "error", 1),
+        plots.Panel("bfloat16 against float32, layers", "tenth of the sequence", "error", 1),
     ]
     series = {
         i: {name: [{"tenth": n, "error": e} for n, e in enumerate(errors, start=1)] for name, errors in lines.items()}
-        for i, lines in enumerate((_ops(results), _layers(results)))
+        for i, lines in enumerate((worst, _layers(results)))
     }
     plots.draw(file, panels, series, x="tenth", log_x=False)
 
