@@ -1,18 +1,20 @@
 """Softmax attention in blocks, in memory linear in the length; and which query sees which key.
 
 For each block of queries the keys are visited one block at a time, with the greatest score m, the sum of
-exponentials l and the weighted values w of what was seen so far:
+exponentials l and the weighted values w of what was seen so far (m starts low, but above what hides a key):
 
     m' = max(m, max_j s_tj),   l' = exp(m - m') l + sum_j exp(s_tj - m'),
     w' = exp(m - m') w + sum_j exp(s_tj - m') v_j,   and in the end o = w / l                     (1)
 
 (Milakov, Gimelshein 2018, arXiv 1805.02867; Rabe, Staats 2021, arXiv 2112.05682). The gradient computes the
-scores again, with the m and l that were kept (Dao et al. 2022, arXiv 2205.14135):
+scores again, with the L = m + log l that was kept (Dao et al. 2022, arXiv 2205.14135):
 
-    p_tj = exp(s_tj - m_t) / l_t,   dp_tj = do_t . v_j,   ds_tj = p_tj (dp_tj - do_t . o_t)         (2)
+    p_tj = exp(s_tj - L_t),   dp_tj = do_t . v_j,   ds_tj = p_tj (dp_tj - do_t . o_t)               (2)
     dv_j = sum_t p_tj do_t,   dq_t = scale sum_j ds_tj k_j,   dk_j = scale sum_t ds_tj q_t
 
-Blocks of keys in which the block of queries sees nothing are not visited.
+Blocks of keys in which the block of queries sees nothing are not visited. Queries lie along the last axis, keys before
+them: sums over keys then run down columns, and every product reads its left factor as it lies, which a CPU's products
+need for their speed.
 """
 
 import functools
@@ -52,8 +54,8 @@ def reach(before: Array, docs: Documents | None, length: int) -> Reach:
 
 
 def sees(query: Reach, key: Array, window: int | None, sinks: int) -> Array:
-    """[b, t, j] whether query t sees the key of rank key[b, j]; -1 is padding or an empty slot."""
-    first, rank, key = query.first[..., None], query.rank[..., None], key[..., None, :]
+    """Whether a query sees the key of a rank, -1 at padding or in an empty slot. All broadcast against one another."""
+    first, rank = query
     seen = (first <= key) & (key <= rank)
     if window is not None:
         seen &= (rank - window < key) | (key < first + sinks)
@@ -83,8 +85,9 @@ def blockwise_attention(
     """
     batch, length = q.shape[:2]
     rows, columns = min(block, length), min(block, k.shape[1])
+    by_block = jnp.transpose(_blocks(q, rows), (0, 1, 3, 5, 4, 2))
     o = _blockwise(
-        jnp.moveaxis(_blocks(q, rows), 2, 4),
+        by_block.reshape(*by_block.shape[:4], -1),
         jnp.moveaxis(_blocks(k, columns), 2, 3),
         jnp.moveaxis(_blocks(v, columns), 2, 3),
         Reach(_blocks(query.first, rows), _blocks(query.rank, rows, -1)),
@@ -93,7 +96,7 @@ def blockwise_attention(
         window,
         sinks,
     )
-    o = jnp.moveaxis(o, (0, 4), (1, 2))
+    o = jnp.transpose(o.reshape(*o.shape[:4], -1, rows), (1, 0, 5, 2, 4, 3))
     return o.reshape(batch, -1, *o.shape[3:])[:, :length]
 
 
@@ -127,19 +130,20 @@ def _blocks_in_sight(query: Reach, key: Array, window: int | None, sinks: int) -
 def _blockwise(
     q: Array, k: Array, v: Array, query: Reach, key: Array, scale: float, window: int | None, sinks: int
 ) -> Array:
-    """q [n, b, hk, g, t, k], k [m, b, hk, j, k], v [m, b, hk, j, v], query [n, b, t], key [m, b, j]."""
+    """q [n, b, hk, k, r], k [m, b, hk, j, k], v [m, b, hk, j, v], query [n, b, t], key [m, b, j].
+
+    r are the g times t queries that read a key head.
+    """
     return _forward(q, k, v, query, key, scale, window, sinks)[0]
 
 
-def _seen_by_all_heads(query: Reach, key: Array, window: int | None, sinks: int) -> Array:
+def _scores(q: Array, k: Array, query: Reach, key: Array, scale: float, window: int | None, sinks: int) -> Array:
+    """s_tj [b, hk, j, r] of a block of queries with one of keys; the lowest number where not seen."""
     # The barrier has the mask computed once; without it XLA computes it again for each head and use.
-    return jax.lax.optimization_barrier(sees(query, key, window, sinks))[:, None, None]
-
-
-def _scores(q: Array, k: Array, seen: Array, scale: float) -> Array:
-    """s_tj [b, hk, g, t, j] of a block of queries with one of keys; the lowest number where not seen."""
-    s = product("bhgtk,bhjk->bhgtj", q, k) * scale
-    return jnp.where(seen, s, jnp.finfo(s.dtype).min)
+    seen = jax.lax.optimization_barrier(sees(query, key[..., None], window, sinks))[:, None]
+    groups = q.shape[-1] // seen.shape[-1]
+    s = product("bhjk,bhkr->bhjr", k, q) * scale
+    return jnp.where(jnp.tile(seen, groups), s, jnp.finfo(s.dtype).min)
 
 
 def _forward(
@@ -148,63 +152,62 @@ def _forward(
     """Equation (1)."""
     in_sight, count = _blocks_in_sight(query, key, window, sinks)
     dtype = state_dtype(q)
+    upright = jnp.swapaxes(v, -1, -2)
 
-    def query_block(block: tuple) -> tuple[Array, Array, Array]:
+    def query_block(block: tuple) -> tuple[Array, Array]:
         q, query, in_sight, count = block
+        query = jax.tree.map(lambda x: x[:, None], query)
 
         def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             m, l, w = carry
-            k_j, v_j, key_j = jax.tree.map(lambda x: x[in_sight[i]], (k, v, key))
-            seen = _seen_by_all_heads(query, key_j, window, sinks)
-            s = _scores(q, k_j, seen, scale)
-            m_new = jnp.maximum(m, jnp.max(s, axis=-1))
-            # Masked again: where a query has seen nothing yet, s equals m.
-            p = jnp.where(seen, jnp.exp(s - m_new[..., None]), 0)
+            k_j, v_j, key_j = jax.tree.map(lambda x: x[in_sight[i]], (k, upright, key))
+            s = _scores(q, k_j, query, key_j, scale, window, sinks)
+            m_new = jnp.maximum(m, jnp.max(s, axis=2))
+            p = jnp.exp(s - m_new[:, :, None])
             fade = jnp.exp(m - m_new)
-            w = fade[..., None] * w + product("bhgtj,bhjv->bhgtv", p.astype(v.dtype), v_j)
-            return m_new, fade * l + jnp.sum(p, axis=-1), w
+            w = fade[:, :, None] * w + product("bhvj,bhjr->bhvr", v_j, p.astype(v.dtype))
+            return m_new, fade * l + jnp.sum(p, axis=2), w
 
-        rows = q.shape[:-1]
-        m, l = jnp.full(rows, jnp.finfo(dtype).min), jnp.zeros(rows, dtype)
-        w = jnp.zeros((*rows, v.shape[-1]), dtype)
+        rows = (*q.shape[:2], *q.shape[3:])
+        m, l = jnp.full(rows, jnp.finfo(dtype).min / 2), jnp.zeros(rows, dtype)
+        w = jnp.zeros((*q.shape[:2], v.shape[-1], *q.shape[3:]), dtype)
         m, l, w = jax.lax.fori_loop(0, count, visit, (m, l, w))
         l = jnp.where(l > 0, l, 1)  # a query that sees nothing: 0 / 1
-        return (w / l[..., None]).astype(q.dtype), m, l
+        return (w / l[:, :, None]).astype(q.dtype), m + jnp.log(l)
 
-    o, m, l = jax.lax.map(query_block, (q, query, in_sight, count))
-    return o, (q, k, v, query, key, o, m, l)
+    o, L = jax.lax.map(query_block, (q, query, in_sight, count))
+    return o, (q, k, v, query, key, o, L)
 
 
 def _backward(scale: float, window: int | None, sinks: int, kept: tuple, do: Array) -> tuple:
     """Equation (2)."""
-    q, k, v, query, key, o, m, l = kept
+    q, k, v, query, key, o, L = kept
     in_sight, count = _blocks_in_sight(query, key, window, sinks)
     dtype = state_dtype(q)
+    upright = jnp.swapaxes(k, -1, -2)
 
     def query_block(carry: tuple[Array, Array], block: tuple) -> tuple[tuple[Array, Array], Array]:
-        q, query, o, do, m, l, in_sight, count = block
-        do_o = jnp.sum(do.astype(dtype) * o, axis=-1, keepdims=True)
-        share = 1 / l[..., None]
+        q, query, o, do, L, in_sight, count = block
+        query = jax.tree.map(lambda x: x[:, None], query)
+        do_o = jnp.sum(do.astype(dtype) * o, axis=2, keepdims=True)
 
         def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = carry
             j = in_sight[i]
-            k_j, v_j, key_j = jax.tree.map(lambda x: x[j], (k, v, key))
-            seen = _seen_by_all_heads(query, key_j, window, sinks)
-            s = _scores(q, k_j, seen, scale)
-            p = jnp.where(seen, jnp.exp(s - m[..., None]), 0) * share
-            dp = product("bhgtv,bhjv->bhgtj", do, v_j)
+            k_j, upright_j, v_j, key_j = jax.tree.map(lambda x: x[j], (k, upright, v, key))
+            p = jnp.exp(_scores(q, k_j, query, key_j, scale, window, sinks) - L[:, :, None])
+            dp = product("bhjv,bhvr->bhjr", v_j, do)
             ds = (p * (dp - do_o)).astype(q.dtype)
-            dq += product("bhgtj,bhjk->bhgtk", ds, k_j)
-            dk = _add_at(dk, j, product("bhgtj,bhgtk->bhjk", ds, q))
-            dv = _add_at(dv, j, product("bhgtj,bhgtv->bhjv", p.astype(do.dtype), do))
+            dq += product("bhkj,bhjr->bhkr", upright_j, ds)
+            dk = _add_at(dk, j, product("bhjr,bhkr->bhjk", ds, q))
+            dv = _add_at(dv, j, product("bhjr,bhvr->bhjv", p.astype(do.dtype), do))
             return dq, dk, dv
 
         dq, dk, dv = jax.lax.fori_loop(0, count, visit, (jnp.zeros(q.shape, dtype), *carry))
         return (dk, dv), (scale * dq).astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
-    (dk, dv), dq = jax.lax.scan(query_block, zeros, (q, query, o, do, m, l, in_sight, count))
+    (dk, dv), dq = jax.lax.scan(query_block, zeros, (q, query, o, do, L, in_sight, count))
     return dq, (scale * dk).astype(k.dtype), dv.astype(v.dtype), None, None
 
 

@@ -104,7 +104,7 @@ def joined(o: Array, length: int, docs: Documents | None) -> Array:
 class Chunk(NamedTuple):
     """One chunk, heads before time, in the accumulation dtype.
 
-    q, k     [hv, c, k]       v  [hv, c, v]
+    q, k     [h, c, k]        v  [hv, c, v]; with decay per channel q and k are there for every head of v, [hv, c, k]
     b        [hv, c, 1 or k]  inclusive cumulative log decay within the chunk, or None
     pairs    [c, c] bool: j <= i and of one document
     enter    weight of the incoming state in a row's output: exp(b_i) where the row is of the incoming document
@@ -125,14 +125,30 @@ class Chunk(NamedTuple):
     def decays_per_channel(self) -> bool:
         return self.b is not None and self.b.shape[-1] > 1
 
+    @property
+    def q_in(self) -> Array:
+        """(2), [hv, c, k]."""
+        return _for_each(self.q, self.v) * self.enter
+
+    @property
+    def k_in(self) -> Array:
+        """The same of a key, for what corrects the state, [hv, c, k]."""
+        return _for_each(self.k, self.v) * self.enter
+
+    @property
+    def k_out(self) -> Array:
+        """(3), [hv, c, k]."""
+        return _for_each(self.k, self.v) * self.leave
+
 
 def chunk(inputs: Inputs, scale: float) -> Chunk:
     """One chunk and its weights."""
     q, k, v, g, index, incoming = inputs
     dtype = _scan.state_dtype(q, k, v, g)
-    size, groups = q.shape[0], v.shape[1] // q.shape[1]
-    q, k, v = (swap(x).astype(dtype) for x in (q, k, v))
-    q, k = (jnp.repeat(x, groups, axis=0) for x in (q * scale, k))
+    size = q.shape[0]
+    q, k, v = (swap(x).astype(dtype) for x in (q * scale, k, v))
+    if g is not None and g.shape[-1] > 1:
+        q, k = _for_each(q, v), _for_each(k, v)
     pairs, enter, leave, through, b = _triangle(size, bool), 1.0, 1.0, 1.0, None
     if g is not None:
         b = _sum_to(swap(g).astype(dtype))
@@ -150,15 +166,22 @@ def swap(x: Array) -> Array:
     return jnp.swapaxes(x, 0, 1)
 
 
-def group_sum(x: Array, groups: int) -> Array:
-    """[hv, c, k] -> [h, c, k]: the sum over the heads that share a query and a key."""
-    return x.reshape(-1, groups, *x.shape[1:]).sum(axis=1)
+def _for_each(x: Array, v: Array) -> Array:
+    """[h, ...] -> [hv, ...]: what heads share, for each head of v."""
+    return jnp.repeat(x, v.shape[0] // x.shape[0], axis=0)
+
+
+def group_sum(x: Array, heads: int) -> Array:
+    """[hv, ...] -> [h, ...]: the sum over the heads that share a query and a key."""
+    x = x.reshape(heads, -1, *x.shape[1:])
+    # Not a reduction: XLA's over many heads is many times slower than these additions on a CPU.
+    return sum(x[:, n] for n in range(x.shape[1]))
 
 
 def scores(x: Chunk) -> Array:
-    """A of equation (1)."""
+    """A of equation (1), [hv, c, c]."""
     if not x.decays_per_channel:
-        return jnp.einsum("hik,hjk->hij", x.q, x.k) * _pair_decay(x)
+        return _for_each(jnp.einsum("hik,hjk->hij", x.q, x.k), x.v) * _pair_decay(x)
     A = jnp.sum(x.q * x.k, axis=-1, keepdims=True)
     for level in _levels(x):
         A = jnp.where(level.pairs, jnp.einsum("hik,hjk->hij", level.y, level.y), A)
@@ -166,9 +189,9 @@ def scores(x: Chunk) -> Array:
 
 
 def scores_backward(x: Chunk, dA: Array) -> tuple[Array, Array]:
-    """dq and dk from the cotangent of `scores`."""
+    """dq and dk, of the shape of q and k, from the cotangent of `scores`."""
     if not x.decays_per_channel:
-        dA = dA * _pair_decay(x)
+        dA = group_sum(dA * _pair_decay(x), x.q.shape[0])
         return jnp.einsum("hij,hjk->hik", dA, x.k), jnp.einsum("hij,hik->hjk", dA, x.q)
     dA = jnp.where(x.pairs, dA, 0)
     own = jnp.sum(dA * jnp.eye(dA.shape[-1], dtype=dA.dtype), axis=-1, keepdims=True)

@@ -79,20 +79,23 @@ def _writes(x: Chunk, beta: Array, S: Array) -> tuple[Array, Array, Array, Array
     """G, T, E and Y of equations (1) to (4)."""
     G = jnp.tril(scores(x._replace(q=x.k)), -1)
     T = unit_lower_inverse(beta * G)
-    E = x.v - (x.k * x.enter) @ S
+    E = x.v - x.k_in @ S
     return G, T, E, T @ (beta * E)
 
 
 def _forward(x: Chunk, beta: Array, S: Array) -> tuple[Array, Array]:
     """Equations (1) to (6) for one chunk."""
     _, _, _, Y = _writes(x, beta, S)
-    o = scores(x) @ Y + (x.q * x.enter) @ S
-    return o, jnp.asarray(x.through)[..., None] * S + jnp.einsum("hck,hcv->hkv", x.k * x.leave, Y)
+    o = scores(x) @ Y + x.q_in @ S
+    return o, jnp.asarray(x.through)[..., None] * S + jnp.einsum("hck,hcv->hkv", x.k_out, Y)
 
 
-def _backward(x: Chunk, beta: Array, S: Array, dS_after: Array, do: Array):
-    """Equations (7) to (11) for one chunk: cotangents of q (scaled), k, v, beta, g and of the state that entered."""
-    q_in, k_in, k_out, through = x.q * x.enter, x.k * x.enter, x.k * x.leave, jnp.asarray(x.through)
+def _backward(x: Chunk, heads: int, beta: Array, S: Array, dS_after: Array, do: Array):
+    """Equations (7) to (11) for one chunk: cotangents of q (scaled), k, v, beta, g and of the state that entered.
+
+    heads: those of q and k
+    """
+    q_in, k_in, k_out, through = x.q_in, x.k_in, x.k_out, jnp.asarray(x.through)
     G, T, E, Y = _writes(x, beta, S)
     A = scores(x)
     # (7)
@@ -120,8 +123,8 @@ def _backward(x: Chunk, beta: Array, S: Array, dS_after: Array, do: Array):
             crossing = dA * A + dG * G
         kept = jnp.sum(dS_after * S, axis=-1)
         dg = decay_gradient(x, q_in * dq_in + k_in * dk_in, k_out * dk_out, through * kept, crossing)
-    dq = dq + dq_in * x.enter
-    dk = dk + dk_later + dk_earlier + dk_in * x.enter + dk_out * x.leave
+    dq = group_sum(dq, heads) + group_sum(dq_in * x.enter, heads)
+    dk = group_sum(dk + dk_later + dk_earlier, heads) + group_sum(dk_in * x.enter + dk_out * x.leave, heads)
     return dq, dk, dE, dbeta, dg, dS
 
 
@@ -151,14 +154,13 @@ def _run_forward(inputs: Inputs, beta: Array, S: Array, scale: float) -> tuple[t
 def _run_backward(scale: float, residuals: tuple, cotangents: tuple) -> tuple:
     inputs, beta, entered = residuals
     do, dS_final = cotangents
-    groups = inputs.v.shape[3] // inputs.q.shape[3]
+    heads = inputs.q.shape[3]
 
     def body(dS_after: Array, arrays: tuple) -> tuple[Array, tuple]:
         inputs, beta, S, do = arrays
         x, strength = chunk(inputs, scale), swap(beta).astype(S.dtype)
-        dq, dk, dv, dbeta, dg, dS = _backward(x, strength, S, dS_after, swap(do).astype(S.dtype))
-        dq, dk = group_sum(dq * scale, groups), group_sum(dk, groups)
-        grads = zip((dq, dk, dv, dg, dbeta), (*inputs[:4], beta))
+        dq, dk, dv, dbeta, dg, dS = _backward(x, heads, strength, S, dS_after, swap(do).astype(S.dtype))
+        grads = zip((dq * scale, dk, dv, dg, dbeta), (*inputs[:4], beta))
         return dS, tuple(None if y is None else swap(y).astype(x.dtype) for y, x in grads)
 
     dS, (*grads, dbeta) = scan_chunks(body, dS_final, (inputs, beta, entered, do), reverse=True)

@@ -69,7 +69,7 @@ def chunked(
 
 def _forward(x: Chunk, S: Array, z: Array | None) -> tuple[Array, Array, Array | None]:
     """Equations (1) to (3) for one chunk."""
-    A, q_in, k_out = scores(x), x.q * x.enter, x.k * x.leave
+    A, q_in, k_out = scores(x), x.q_in, x.k_out
     o = A @ x.v + q_in @ S
     through = jnp.asarray(x.through)
     if z is not None:
@@ -82,10 +82,13 @@ def _denominator(A: Array, q_in: Array, z: Array) -> Array:
     return (A.sum(axis=-1) + jnp.einsum("hck,hk->hc", q_in, z) + EPSILON)[..., None]
 
 
-def _backward(x: Chunk, S: Array, z: Array | None, d_after: tuple, o: Array | None, do: Array):
-    """Equations (4) to (7) for one chunk: cotangents of q (scaled), k, v, g and of the state that entered."""
+def _backward(x: Chunk, heads: int, S: Array, z: Array | None, d_after: tuple, o: Array | None, do: Array):
+    """Equations (4) to (7) for one chunk: cotangents of q (scaled), k, v, g and of the state that entered.
+
+    heads: those of q and k
+    """
     dS_after, dz_after = d_after
-    A, q_in, k_out = scores(x), x.q * x.enter, x.k * x.leave
+    A, q_in, k_out = scores(x), x.q_in, x.k_out
     through = jnp.asarray(x.through)
     N, M = do, None
     if z is not None:
@@ -110,7 +113,9 @@ def _backward(x: Chunk, S: Array, z: Array | None, d_after: tuple, o: Array | No
             kept = kept + dz_after * z
         crossing = x.q * dq - x.k * dk if x.decays_per_channel else dA * A
         dg = decay_gradient(x, q_in * dq_in, k_out * dk_out, through * kept, crossing)
-    return dq + dq_in * x.enter, dk + dk_out * x.leave, dv, dg, dS, dz
+    dq = group_sum(dq, heads) + group_sum(dq_in * x.enter, heads)
+    dk = group_sum(dk, heads) + group_sum(dk_out * x.leave, heads)
+    return dq, dk, dv, dg, dS, dz
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -139,15 +144,14 @@ def _run_forward(inputs: Inputs, S: Array, z: Array | None, scale: float):
 def _run_backward(scale: float, residuals: tuple, cotangents: tuple):
     inputs, entered, o = residuals
     do, *d_final = cotangents
-    groups = inputs.v.shape[3] // inputs.q.shape[3]
+    heads = inputs.q.shape[3]
 
     def body(d_after: tuple, arrays: tuple):
         inputs, state, o, do = arrays
         x = chunk(inputs, scale)
         o, do = (None if y is None else swap(y).astype(x.q.dtype) for y in (o, do))
-        dq, dk, dv, dg, *d_state = _backward(x, *state, d_after, o, do)
-        dq, dk = group_sum(dq * scale, groups), group_sum(dk, groups)
-        grads = zip((dq, dk, dv, dg), inputs)
+        dq, dk, dv, dg, *d_state = _backward(x, heads, *state, d_after, o, do)
+        grads = zip((dq * scale, dk, dv, dg), inputs)
         return tuple(d_state), tuple(None if y is None else swap(y).astype(x.dtype) for y, x in grads)
 
     d_state, grads = scan_chunks(body, tuple(d_final), (inputs, entered, o, do), reverse=True)

@@ -46,7 +46,7 @@ def rglru(
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training).
-    chunk_size: positions per chunk; None is what suits the platform.
+    chunk_size: positions per chunk; None is 64.
 
     Raises InputError where shapes disagree.
     """

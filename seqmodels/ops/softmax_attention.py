@@ -273,7 +273,8 @@ def _parallel(
 ) -> tuple[Array, KVCache]:
     q = arrays["q"]
     k, v, key, query = _with_cache(arrays, cache, docs, options)
-    seen = sees(query, key, options.get("window"), options.get("sinks", 0))
+    queries = jax.tree.map(lambda x: x[..., None], query)
+    seen = sees(queries, key[:, None], options.get("window"), options.get("sinks", 0))
     o = _attend(q, k, v, seen, options)
     o = _nan_without_room(o, query.rank - query.first, cache, options)
     return o, _final_state(arrays, cache, docs, options)

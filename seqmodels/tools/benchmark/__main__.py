@@ -51,7 +51,8 @@ VIEWS = {
     "peers": (
         "ours against functions of other libraries",
         "Peers are named where they are called, in seqmodels/tools/benchmark/peers.py: fla (flash-linear-attention\n"
-        "with triton 3.6.0, so that it imports without a GPU), transformers, recurrentgemma, torch and jax.",
+        "with triton 3.6.0, so that it imports without a GPU), transformers, mlstm_kernels, recurrentgemma, torch and\n"
+        "jax. tests/agreement says how to install them.",
     ),
 }
 

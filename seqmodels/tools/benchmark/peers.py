@@ -186,11 +186,14 @@ def _repeated_query(inputs: Inputs) -> Callable[..., Any]:
 
 
 def _recurrentgemma_scan(inputs: Inputs) -> Callable[..., Any]:
-    """The scan that the library takes on a CPU, and the factor of its inputs as its layer works it out."""
+    """The scan that the library takes on a CPU, and the factor of its inputs as its layer works it out.
+
+    The layer unrolls 128 steps, which takes a CPU many times as long as the scan by itself.
+    """
     import jax.numpy as jnp
     from recurrentgemma.jax.scan import linear_scan
 
-    return lambda x, g: linear_scan(x=jnp.sqrt(1 - jnp.exp(2 * g)) * x, a=jnp.exp(g), unroll=128)[0]
+    return lambda x, g: linear_scan(x=jnp.sqrt(1 - jnp.exp(2 * g)) * x, a=jnp.exp(g))[0]
 
 
 def _transformers_rglru(inputs: Inputs) -> Callable[..., Any]:
@@ -207,13 +210,30 @@ def _transformers_rglru(inputs: Inputs) -> Callable[..., Any]:
 
 
 def _transformers_mlstm(inputs: Inputs) -> Callable[..., Any]:
-    """Head-first, and the forget gate as the argument of its sigmoid."""
-    import torch
     from transformers.models.xlstm.modeling_xlstm import mlstm_chunkwise_native_autograd
+
+    return _as_mlstm(mlstm_chunkwise_native_autograd)
+
+
+def _native_mlstm(inputs: Inputs) -> Callable[..., Any]:
+    from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autograd
+
+    return _as_mlstm(mlstm_chunkwise__native_autograd)
+
+
+def _native_mlstm_own_backward(inputs: Inputs) -> Callable[..., Any]:
+    from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_custbw
+
+    return _as_mlstm(mlstm_chunkwise__native_custbw)
+
+
+def _as_mlstm(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A head-first function that takes the forget gate as the argument of its sigmoid, as one of our layout."""
+    import torch
 
     def run(q: Any, k: Any, v: Any, g: Any, i: Any) -> Any:
         q, k, v, i, f = (x.transpose(1, 2) for x in (q, k, v, i, g - torch.log(-torch.expm1(g))))
-        return mlstm_chunkwise_native_autograd(q, k, v, i, f).transpose(1, 2)
+        return call(q, k, v, i, f).transpose(1, 2)
 
     return run
 
@@ -257,4 +277,6 @@ PEERS: tuple[Peer, ...] = (
     Peer("rglru", ("griffin",), "recurrentgemma linear_scan", "jax", _recurrentgemma_scan),
     Peer("rglru", ("griffin",), "transformers RecurrentGemmaRglru", "torch", _transformers_rglru),
     Peer("mlstm", ("gated",), "transformers mlstm_chunkwise", "torch", _transformers_mlstm),
+    Peer("mlstm", ("gated",), "mlstm_kernels native_autograd", "torch", _native_mlstm),
+    Peer("mlstm", ("gated",), "mlstm_kernels native_custbw", "torch", _native_mlstm_own_backward),
 )
