@@ -44,6 +44,11 @@ def starts(docs: Documents) -> Array:
     return jnp.diff(docs.index, axis=1, prepend=0) > 0
 
 
+def backwards(docs: Documents) -> Documents:
+    """The documents of the reversed span, numbered from its start."""
+    return documents(jnp.flip(jnp.where(docs.real, docs.index + 1, 0), axis=1))
+
+
 def where_row(condition: Array, if_true: State, if_false: State) -> State:
     """Choose between two states row by row; `condition` is [b]."""
 
