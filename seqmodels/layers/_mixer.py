@@ -40,8 +40,16 @@ class Stream:
     positions   [b, t] int32, the place of each token in its document; those of padding have no meaning
     """
 
-    def __init__(self, state: MixerState | None, segment_ids: SegmentIds | None, batch: int, length: int):
+    def __init__(
+        self,
+        state: MixerState | None,
+        segment_ids: SegmentIds | None,
+        batch: int,
+        length: int,
+        causal: bool = True,
+    ):
         self._before = state or {}
+        self._how = {} if causal else {"causal": False}
         self._after: MixerState = {}
         zero = jnp.zeros(batch, jnp.int32)
         cursor = self._cursor = self._before.get("cursor", Cursor(zero, zero))
@@ -69,7 +77,7 @@ class Stream:
         state = self._before.get(name)
         if fresh is not None and state is not None:
             state = _scan.where_row(self._cursor.position == 0, fresh, state)
-        o, self._after[name] = op(*args, initial_state=state, segment_ids=self.documents, **options)
+        o, self._after[name] = op(*args, initial_state=state, segment_ids=self.documents, **self._how, **options)
         return o
 
     def end(self) -> MixerState:
@@ -85,6 +93,13 @@ class Mixer(nn.Module):
     n_layers      the number of layers: for mixers whose decay depends on the depth
     dtype         of activations; parameters are kept in `param_dtype`; gates and states are float32 in any case
     form, chunk_size, backend   handed to the operator
+    causal        False makes it an encoder's layer: every position sees its whole document
+
+    How a layer sees both sides is one of two things. Where its operator weighs all pairs alike (`sees_whole`: softmax
+    and linear attention without decay, aaren) all that mixes over time runs with causal=False, each pair counted once
+    and convolutions centred. Every other layer reads the span and the reversed span, documents reversed in their place,
+    with the same parameters, and adds the two: all its parts, convolutions and token shifts too, then look the same way
+    (Schiff et al. 2024, Caduceus, arXiv 2403.03234). Nothing can follow such a span: its state is {}.
 
     Called with x [b, t, d_model], the state that an earlier call returned (None: a new stream), and segment_ids [b, t]
     (None: one document; 0 is padding). Returns y [b, t, d_model] and the state after the span. A document that goes on
@@ -99,7 +114,9 @@ class Mixer(nn.Module):
     form: str = "chunked"
     chunk_size: int | None = None
     backend: str = "auto"
+    causal: bool = True
 
+    sees_whole: ClassVar[bool] = False
     op: ClassVar[Callable[..., tuple[Array, Any]]]
 
     def project(self, x: Activations, stream: Stream) -> dict[str, Any]:
@@ -129,8 +146,16 @@ class Mixer(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise InputError(f"{type(self).__name__}: x has shape {x.shape}; expected [batch, time, {self.d_model}]")
         x = x.astype(self.dtype)
-        stream = Stream(state, segment_ids, *x.shape[:2])
-        return self.mix(x, stream), stream.end()
+        if self.causal:
+            stream = Stream(state, segment_ids, *x.shape[:2])
+            return self.mix(x, stream), stream.end()
+        if state:
+            raise InputError(f"{type(self).__name__}: causal=False has no state to go on from; expected state=None")
+        if self.sees_whole:
+            return self.mix(x, Stream(None, segment_ids, *x.shape[:2], causal=False)), {}
+        backwards = None if segment_ids is None else jnp.flip(segment_ids, axis=1)
+        y = self.mix(x, Stream(None, segment_ids, *x.shape[:2]))
+        return y + jnp.flip(self.mix(jnp.flip(x, axis=1), Stream(None, backwards, *x.shape[:2])), axis=1), {}
 
     def dense(self, features: int, *, use_bias: bool = False) -> nn.Dense:
         """A projection in this layer's dtypes."""

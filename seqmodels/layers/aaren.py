@@ -20,6 +20,7 @@ class Aaren(Mixer):
 
     num_heads: int = 8
 
+    sees_whole = True
     op = staticmethod(aaren)
 
     @property

@@ -22,6 +22,7 @@ class Based(QKVMixer):
     num_heads: int = 16
     feature_dim: int = 16
 
+    sees_whole = True
     op = staticmethod(linear_attention)
 
     @property

@@ -25,6 +25,8 @@ class LinearAttention(LinearMixer):
     normalize: bool = True
     output_norm: bool = False
 
+    sees_whole = True
+
     @property
     def state_features(self) -> int:
         return feature_map(self.feature_map)(jnp.zeros(self.key_width // self.num_heads)).shape[0]

@@ -31,6 +31,7 @@ class SoftmaxAttention(QKVMixer):
     rope_base: float | None = 10_000.0
     qk_norm: bool = False
 
+    sees_whole = True
     op = staticmethod(softmax_attention)
 
     @property

@@ -13,7 +13,7 @@ from seqmodels.layers import Mixer, SwiGLU, make_norm
 from seqmodels.layers._mixer import MixerState
 from seqmodels.notation import Activations, Array, SegmentIds
 
-MixerName = str | Callable[..., Mixer]
+MixerName = str | Callable[..., Mixer] | tuple[str | Callable[..., Mixer], ...]
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -22,10 +22,52 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 
+class ParallelMixers(nn.Module):
+    """The mean of what several mixers make of the same x, each normalised and scaled by a learned vector.
+
+        y = 1/n sum_i rmsnorm_i(mixer_i(x))
+
+    (Hymba, Dong et al. 2024, arXiv 2411.13676.) Parameters and states are by the mixers' names, and `<name>_norm`.
+    """
+
+    mixers: dict[str, Mixer]
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
+        """That of each mixer, by name."""
+        return {name: mixer.initial_state(batch_size, capacity) for name, mixer in self.mixers.items()}
+
+    @nn.compact
+    def __call__(
+        self, x: Activations, state: MixerState | None = None, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, MixerState]:
+        if state and set(state) != set(self.mixers):
+            raise InputError(f"ParallelMixers: state is of {sorted(state)}; expected {sorted(self.mixers)}")
+        outputs, after = [], {}
+        for name, mixer in self.mixers.items():
+            y, after[name] = mixer.clone(name=name, parent=self)(x, state[name] if state else None, segment_ids)
+            norm = make_norm("rmsnorm", name=f"{name}_norm", dtype=self.dtype, param_dtype=self.param_dtype)
+            outputs.append(norm(y))
+        return sum(outputs) / len(outputs), after
+
+
+def _names(mixers: Sequence[str | Callable[..., Mixer]]) -> list[str]:
+    """The mixers' names; those of several mixers of one name are numbered from the second on."""
+    names = []
+    for mixer in mixers:
+        name = mixer if isinstance(mixer, str) else getattr(mixer, "__name__", "mixer")
+        count = sum(1 for other in mixers[: len(names)] if other == mixer)
+        names.append(f"{name}_{count + 1}" if count else name)
+    return names
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
-    mixer   a name of the registry, or a constructor that takes d_model, layer_index, n_layers, dtype, param_dtype
+    mixer   a name of the registry, or a constructor that takes d_model, layer_index, n_layers, dtype, param_dtype; a
+            tuple of these runs side by side: see `ParallelMixers`
+    causal  False for an encoder's block
     mlp     constructor of the feed-forward layer; None for a block without one
     norm    name of the norm, see `seqmodels.layers.norms`
     """
@@ -35,20 +77,26 @@ class Block(nn.Module):
     mlp: Callable[..., nn.Module] | None = SwiGLU
     norm: str = "rmsnorm"
     n_layers: int = 1
+    causal: bool = True
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    def make_mixer(self, layer_index: int | Array, **linen: Any) -> Mixer:
-        """The mixer of this block, at its depth in the stack."""
-        constructor = registry.mixer(self.mixer) if isinstance(self.mixer, str) else self.mixer
-        return constructor(
-            d_model=self.d_model,
-            layer_index=layer_index,
-            n_layers=self.n_layers,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **linen,
-        )
+    def make_mixer(self, layer_index: int | Array, **linen: Any) -> Mixer | ParallelMixers:
+        """The mixer of this block, or its mixers side by side, at its depth in the stack."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        fields = {"d_model": self.d_model, "layer_index": layer_index, "n_layers": self.n_layers, **dtypes}
+        if not self.causal:
+            fields["causal"] = False
+
+        def make(mixer: str | Callable[..., Mixer], **linen: Any) -> Mixer:
+            return (registry.mixer(mixer) if isinstance(mixer, str) else mixer)(**fields, **linen)
+
+        if isinstance(self.mixer, str) or callable(self.mixer):
+            return make(self.mixer, **linen)
+        if not self.mixer:
+            raise InputError("pattern has an empty tuple; expected the names of mixers to run side by side")
+        side_by_side = {name: make(mixer, parent=None) for name, mixer in zip(_names(self.mixer), self.mixer)}
+        return ParallelMixers(side_by_side, **dtypes, **linen)
 
     @nn.compact
     def __call__(
@@ -87,6 +135,7 @@ class _Group(nn.Module):
 class Stack(nn.Module):
     """n_layers blocks whose mixers repeat a pattern: layer i has the mixer pattern[i % len(pattern)].
 
+    causal  False for an encoder: every position sees its whole document, and the states are empty
     scan    run the rounds of the pattern by `lax.scan`: compile time and program size do not grow with the depth.
             Parameters are then stacked under `rounds`, else numbered `round_0`, `round_1`, ...
     remat   "none", or what the backward pass may keep: "full" recomputes everything in a block, "dots" keeps the
@@ -100,6 +149,7 @@ class Stack(nn.Module):
     pattern: Sequence[MixerName]
     mlp: Callable[..., nn.Module] | None = SwiGLU
     norm: str = "rmsnorm"
+    causal: bool = True
     scan: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -118,7 +168,8 @@ class Stack(nn.Module):
 
     def _blocks(self) -> tuple[dict[str, Any], ...]:
         shared = {
-            name: getattr(self, name) for name in ("d_model", "mlp", "norm", "n_layers", "dtype", "param_dtype")
+            name: getattr(self, name)
+            for name in ("d_model", "mlp", "norm", "n_layers", "causal", "dtype", "param_dtype")
         }
         return tuple({"mixer": mixer, **shared} for mixer in self.pattern)
 

@@ -19,7 +19,8 @@ class LanguageModel(nn.Module):
     vocab_size       number of token ids
     d_model          width
     n_layers         depth, a multiple of the pattern's length
-    pattern          mixers, repeated over the depth: names of the registry, or constructors
+    pattern          mixers, repeated over the depth: names of the registry, or constructors; a tuple of these in the
+                     place of one runs side by side in one block
     mlp              constructor of the feed-forward layers; None for none
     norm             name of the norms, see `seqmodels.layers.norms`
     tie_embeddings   the logits are products with the embedding; otherwise with a matrix of their own, `lm_head`

@@ -4,6 +4,7 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, SegmentIds
@@ -24,6 +25,7 @@ def run(
     form: str,
     chunk_size: int | None,
     backend: str,
+    causal: bool = True,
 ) -> tuple[Array, State]:
     """Run `op` in one form on one backend.
 
@@ -31,6 +33,9 @@ def run(
     segment_ids: [b, t] ids, or the `Documents` that a layer works out once for all its operators.
     backend: "xla" or one of `op.kernels`, which run or raise; "auto" takes the first kernel that supports the
     arguments on the platform the program is lowered for, else "xla". Kernels serve the chunked form alone.
+    causal: False lets every position see its whole document: by `op.whole`, or else the span and the reversed span
+    run one after the other and their outputs added, as in Vision Mamba (Zhu et al. 2024, arXiv 2401.09417). Nothing
+    can follow such a span: its state is (), and a state handed in is an error.
     """
     forms = ("recurrent", *op.forms)
     if form not in forms:
@@ -50,6 +55,11 @@ def run(
                 f"{op.name}: segment_ids has shape {segment_ids.shape}; expected {(batch, length)} as the inputs have"
             )
         docs = _scan.documents(segment_ids)
+    if not causal:
+        if jax.tree.leaves(initial_state):
+            raise InputError(f"{op.name}: causal=False has no state to go on from; expected initial_state=None")
+        how = {"form": form, "chunk_size": chunk_size, "backend": backend}
+        return _whole(op, arrays, options, docs, chunk_size, how), ()
     options = {**options, "fresh": initial_state is None}
     fresh = op.initial_state(arrays, options)
     state = fresh if initial_state is None else _checked_state(op, initial_state, fresh)
@@ -70,6 +80,24 @@ def run(
             _log_once(f"{op.name}: backend {name} where it is lowered for {kernel.platform}")
             chosen[kernel.platform] = functools.partial(kernel.call, chunk_size=chunk_size, options=options)
     return jax.lax.platform_dependent(arrays, state, docs, default=implementation, **chosen)
+
+
+def _whole(
+    op: SeqOp, arrays: Inputs, options: Options, docs: Documents | None, chunk_size: int | None, how: dict
+) -> Array:
+    """Outputs that see what comes before and what comes after."""
+
+    def both_ways(arrays: Inputs, options: Options) -> Array:
+        reversed_arrays = {
+            name: jnp.flip(x, axis=1) if name in op.time_args and x is not None else x for name, x in arrays.items()
+        }
+        spans = (arrays, docs), (reversed_arrays, None if docs is None else _scan.backwards(docs))
+        forward, backward = (run(op, x, options, initial_state=None, segment_ids=ids, **how)[0] for x, ids in spans)
+        return forward + jnp.flip(backward, axis=1)
+
+    if op.whole is None:
+        return both_ways(arrays, options)
+    return op.whole(arrays, docs, chunk_size, options, both_ways)
 
 
 @functools.cache

@@ -53,6 +53,9 @@ class SeqOp:
     forms           form name -> implementation (arrays, state, documents, chunk_size, options) -> (o, state).
                     "recurrent" is not listed: it is `lax.scan` of `step`, the same for every operator
     kernels         backend name -> Kernel, for the chunked form
+    whole           the operator without causality, where it has a form of its own: (arrays, documents, chunk_size,
+                    options, both_ways) -> o. `both_ways` (arrays, options) -> o is the form of all others: the
+                    operator over the span plus the operator over the reversed span
     summarize       (arrays, documents, options) -> what the span does to any state
     combine         (earlier summary, later summary, options) -> summary of both spans
     apply           (summary, state, options) -> state after the span
@@ -80,5 +83,6 @@ class SeqOp:
     combine: Callable[..., Summary] | None = None
     apply: Callable[..., State] | None = None
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    whole: Callable[..., Array] | None = None
     state_grows: bool = False
     known_gaps: Mapping[str, str] = field(default_factory=dict)

@@ -55,6 +55,11 @@ def places(docs: Documents, seen: Int[Array, " b"]) -> Int[Array, "b t"]:
     return count - 1 - count_before + jnp.where(docs.index == 0, seen[:, None], 0)
 
 
+def backwards(docs: Documents) -> Documents:
+    """The documents of the reversed span, numbered from its start."""
+    return documents(jnp.flip(jnp.where(docs.real, docs.index + 1, 0), axis=1))
+
+
 def where_row(condition: Array, if_true: State, if_false: State) -> State:
     """Choose between two states row by row; `condition` is [b]."""
 

@@ -23,6 +23,7 @@ associative operation, so a prefix scan gives every o_t; the parallel form is th
     w       w        [b, h, v]      float32
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -45,6 +46,7 @@ def aaren(
     scale: float | None = None,
     initial_state: AarenState | None = None,
     segment_ids: SegmentIds | Documents | None = None,
+    causal: bool = True,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -56,6 +58,7 @@ def aaren(
     scale: factor of the scores; None is k ** -0.5.
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
+    causal: False takes the sums in (2) over the whole document. The state is ().
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (a prefix scan over all tokens).
     chunk_size: positions per chunk; None is 32.
 
@@ -76,6 +79,7 @@ def aaren(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        causal=causal,
     )
 
 
@@ -113,6 +117,30 @@ def _chunked(
     arrays: Inputs, state: AarenState, docs: Documents | None, chunk_size: int | None, options: Options
 ) -> tuple[Array, AarenState]:
     return chunked(_scores(arrays, options), arrays["v"], state, docs, chunk_size=chunk_size)
+
+
+def _whole(
+    arrays: Inputs,
+    docs: Documents | None,
+    chunk_size: int | None,
+    options: Options,
+    both_ways: Callable[[Inputs, Options], Array],
+) -> Array:
+    """Equation (2) over the whole document: one output, the same at all its positions."""
+    s, v = _scores(arrays, options), arrays["v"]
+    if docs is None:
+        p = jax.nn.softmax(s, axis=1)
+        return jnp.broadcast_to(jnp.einsum("bth,bthv->bhv", p, v)[:, None], v.shape).astype(v.dtype)
+
+    def row(s: Array, v: Array, index: Array, real: Array) -> Array:
+        totals = {"segment_ids": index, "num_segments": index.shape[0]}
+        s = jnp.where(real[:, None], s, jnp.finfo(s.dtype).min)
+        m = jax.lax.stop_gradient(jax.ops.segment_max(s, **totals)[index])
+        p = jnp.where(real[:, None], jnp.exp(s - m), 0)
+        u, w = (jax.ops.segment_sum(x, **totals)[index] for x in (p, p[..., None] * v))
+        return jnp.where(real[:, None, None], w / jnp.where(u > 0, u, 1)[..., None], 0)
+
+    return jax.vmap(row)(s, v, *docs).astype(v.dtype)
 
 
 class AarenSummary(NamedTuple):
@@ -204,4 +232,5 @@ AAREN = SeqOp(
     apply=_apply,
     summary_kind="prefix",
     examples=_examples,
+    whole=_whole,
 )

@@ -54,6 +54,7 @@ def delta_rule(
     scale: float | None = None,
     initial_state: MatrixState | None = None,
     segment_ids: SegmentIds | Documents | None = None,
+    causal: bool = True,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -66,6 +67,7 @@ def delta_rule(
     scale: factor on q; None is k ** -0.5.
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
+    causal: False adds the outputs of the reversed span, each document reversed in its place. The state is ().
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training).
     chunk_size: positions per chunk, rounded up to a power of two; None is 32.
 
@@ -81,6 +83,7 @@ def delta_rule(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        causal=causal,
     )
 
 

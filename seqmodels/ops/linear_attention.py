@@ -4,6 +4,14 @@
     o_t = scale q_t S_t                                                                                           (2)
     z_t = diag(exp(g_t)) z_{t-1} + k_t;   o_t = q_t S_t / (q_t z_t + 1e-6)      with normalize=True                (3)
 
+With causal=False every position sees its whole document, each token once:
+
+    o_i = scale sum_j D_ij (q_i k_j) v_j,   D_ij = exp(sum of g over j < m <= i), or over i <= m < j where j > i  (4)
+
+(normalize=True divides by the same sum with 1 for v_j, plus 1e-6). The tokens behind i are what a causal reader of the
+reversed document sees, so the result of a reversed document is the reversed result, and (4) is (1), (2) over the span,
+plus the same over the reversed span, less the diagonal that both count.
+
     g             mixer                                   source
     None          linear attention, after a feature map   Katharopoulos et al. 2020, 2006.16236
     [h]           retention; lightning attention          Sun et al. 2023, 2307.08621; Qin et al. 2024, 2401.04658
@@ -18,6 +26,7 @@
     z       z        [b, hv, k]       float32, with normalize=True
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -63,6 +72,7 @@ def linear_attention(
     normalize: bool = False,
     initial_state: LinearState | None = None,
     segment_ids: SegmentIds | Documents | None = None,
+    causal: bool = True,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -74,6 +84,7 @@ def linear_attention(
     scale: factor on q; None is k ** -0.5. With `normalize` it changes only the weight of the 1e-6 in (3).
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
+    causal: False lets every position see its whole document, each token once: equation (4). The state is ().
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
     chunk_size: positions per chunk; None is 64. With decay per channel it is rounded up to a power of two.
 
@@ -94,6 +105,7 @@ def linear_attention(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        causal=causal,
     )
 
 
@@ -168,6 +180,32 @@ def _parallel(
     return o, S if z is None else NormalizedState(S, z)
 
 
+def _whole(
+    arrays: Inputs,
+    docs: Documents | None,
+    chunk_size: int | None,
+    options: Options,
+    both_ways: Callable[[Inputs, Options], Array],
+) -> Array:
+    """Equation (4); the normaliser is one more value channel, of ones."""
+    q, k, v, g = (arrays[name] for name in "qkvg")
+    dtype = _scan.state_dtype(q, k, v, g)
+    wide = v.astype(dtype)
+    if options["normalize"]:
+        wide = jnp.concatenate([wide, jnp.ones_like(wide[..., :1])], axis=-1)
+    q_wide, k_wide = (jnp.repeat(x.astype(dtype), v.shape[2] // x.shape[2], axis=2) for x in (q, k))
+    if g is None and docs is None:
+        M = jnp.einsum("bjhk,bjhv->bhkv", k_wide, wide)
+        o = options["scale"] * jnp.einsum("bihk,bhkv->bihv", q_wide, M)
+    else:
+        own = options["scale"] * jnp.sum(q_wide * k_wide, axis=-1, keepdims=True) * wide
+        o = both_ways({**arrays, "v": wide}, {**options, "normalize": False}) - own
+    if options["normalize"]:
+        o = o[..., :-1] / (o[..., -1:] + EPSILON)
+    o = o if docs is None else jnp.where(docs.real[..., None, None], o, 0)
+    return o.astype(v.dtype)
+
+
 class LinearSummary(NamedTuple):
     """What a span does to a state: scale its key channels by `through`, then add `written`.
 
@@ -238,4 +276,5 @@ LINEAR_ATTENTION = SeqOp(
     apply=_apply,
     summary_kind="prefix",
     examples=_examples,
+    whole=_whole,
 )

@@ -59,6 +59,7 @@ def mlstm(
     scale: float | None = None,
     initial_state: MLSTMState | None = None,
     segment_ids: SegmentIds | Documents | None = None,
+    causal: bool = True,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -71,6 +72,7 @@ def mlstm(
     scale: factor on q; None is k ** -0.5.
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
+    causal: False adds the outputs of the reversed span, each document reversed in its place. The state is ().
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
     chunk_size: positions per chunk; None is that of `linear_attention`.
 
@@ -87,6 +89,7 @@ def mlstm(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        causal=causal,
     )
 
 

@@ -34,6 +34,7 @@ def rglru(
     *,
     initial_state: Float[Array, "b d"] | None = None,
     segment_ids: SegmentIds | Documents | None = None,
+    causal: bool = True,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -45,6 +46,7 @@ def rglru(
     x: inputs, already multiplied by their gate. g: log decay of each channel, <= 0.
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
+    causal: False adds the outputs of the reversed span, each document reversed in its place. The state is ().
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training).
     chunk_size: positions per chunk; None is 64.
 
@@ -63,6 +65,7 @@ def rglru(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        causal=causal,
     )
 
 

@@ -11,9 +11,11 @@ kin. The activation that usually follows belongs to the layer.
     bias     [d] or None   any float
     state    [b, W-1, d]   float32            the last W-1 inputs, oldest first; zeros before the first token
 
-No tap crosses the border of a document.
+No tap crosses the border of a document. With causal=False the convolution is centred, with the same taps on both
+sides: y_t = bias + sum over |j| < W of kernel[W-1-|j|] * x_{t-j}.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,6 +36,7 @@ def short_conv(
     *,
     initial_state: Float[Array, "b w-1 d"] | None = None,
     segment_ids: SegmentIds | Documents | None = None,
+    causal: bool = True,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -43,6 +46,7 @@ def short_conv(
     Returns the outputs [b, t, d] in x's dtype and the last W-1 inputs [b, W-1, d] in float32. `initial_state` is the
     same for the span before; it belongs to the document of the first real token. `segment_ids` [b, t]: documents,
     0 is padding, found only before the first and after the last document of a row or between documents.
+    causal: False centres the convolution. The state is ().
     Forms: "recurrent", "chunked"; `chunk_size` has no effect (a convolution needs no chunks).
 
     Raises InputError where shapes disagree.
@@ -62,6 +66,7 @@ def short_conv(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        causal=causal,
     )
 
 
@@ -98,6 +103,21 @@ def _chunked(
     if docs is not None:
         y = jnp.where(docs.real[..., None], y, 0)
     return y.astype(x.dtype), _last_inputs(history, index, docs, width)
+
+
+def _whole(
+    arrays: Inputs,
+    docs: Documents | None,
+    chunk_size: int | None,
+    options: Options,
+    both_ways: Callable[[Inputs, Options], Array],
+) -> Array:
+    """Both sides, of which each counts the current input."""
+    x, kernel, bias = arrays["x"], arrays["kernel"], arrays["bias"]
+    wide = x.astype(state_dtype(x))
+    y = both_ways({"x": wide, "kernel": kernel, "bias": None}, options) - kernel[-1] * wide
+    y = y if bias is None else y + bias
+    return (y if docs is None else jnp.where(docs.real[..., None], y, 0)).astype(x.dtype)
 
 
 def _with_history(x: Array, state: Array, docs: Documents | None) -> tuple[Array, Array | None]:
@@ -174,4 +194,5 @@ SHORT_CONV = SeqOp(
     apply=_apply,
     summary_kind="halo",
     examples=_examples,
+    whole=_whole,
 )

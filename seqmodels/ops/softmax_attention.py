@@ -4,7 +4,8 @@
     m_t = max_j s_tj,        l_t = sum_j exp(s_tj - m_t)
 
 where j runs over the tokens that t can see: those of its own document, at its position or before it, and with
-a window those fewer than `window` positions away or among the first `sinks` of the document.
+a window those fewer than `window` positions away or among the first `sinks` of the document. With causal=False j
+runs over the whole document, with a window over |t - j| < window.
 
 Attention: Vaswani et al. 2017, arXiv 1706.03762. Grouped heads: Ainslie et al. 2023, arXiv 2305.13245. Sinks:
 Xiao et al. 2023, arXiv 2309.17453. The chunked form (_blockwise_attention.py) takes memory linear in the
@@ -22,6 +23,7 @@ length, and with a window time too. On TPU splash attention computes it where it
 Positions enter through the mask alone; layers that rotate queries and keys do so before.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -52,6 +54,7 @@ def softmax_attention(
     capacity: int | None = None,
     initial_state: KVCache | None = None,
     segment_ids: SegmentIds | Documents | None = None,
+    causal: bool = True,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -69,12 +72,16 @@ def softmax_attention(
     raises InputError where the lengths are known; inside jit they are not, and outputs from the first token
     without a slot are NaN.
 
+    causal: False lets every position see its whole document; there are no sinks then, and the state is ().
+
     Forms: "recurrent", one token at a time; "chunked", in blocks of `chunk_size` queries and keys (default
     128); "parallel", with the whole matrix of probabilities.
 
     Raises InputError where shapes or dtypes disagree.
     """
     _check(q, k, v, window, sinks, capacity)
+    if not causal and sinks:
+        raise InputError(f"softmax_attention: sinks={sinks} with causal=False; expected 0, sinks are a decoder's")
     if not isinstance(initial_state, KVCache | None):
         kind = type(initial_state).__name__
         raise InputError(f"softmax_attention: initial_state is a {kind}; expected a KVCache")
@@ -96,6 +103,7 @@ def softmax_attention(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        causal=causal,
     )
 
 
@@ -252,6 +260,31 @@ def _chunked(
     return o, _final_state(arrays, cache, docs, options)
 
 
+def _whole(
+    arrays: Inputs,
+    docs: Documents | None,
+    chunk_size: int | None,
+    options: Options,
+    both_ways: Callable[[Inputs, Options], Array],
+) -> Array:
+    """In blocks. The reach of a query ends at the last token of its document instead of at its own."""
+    q, k, v = (arrays[name] for name in "qkv")
+    own = reach(jnp.zeros(q.shape[0], jnp.int32), docs, q.shape[1])
+    first, last, real = own.first, jnp.full_like(own.rank, q.shape[1] - 1), own.rank >= 0
+    if docs is not None:
+        count = docs.real.sum(axis=1, keepdims=True, dtype=jnp.int32)
+        starts = jnp.where(_scan.starts(docs), own.rank, count)
+        from_here = jax.lax.cummin(starts, axis=1, reverse=True)
+        last = jnp.concatenate([from_here[:, 1:], count], axis=1) - 1
+    window = options.get("window")
+    if window is not None:
+        first, last = jnp.maximum(first, own.rank - window + 1), jnp.minimum(last, own.rank + window - 1)
+    query = Reach(jnp.where(real, first, 0), jnp.where(real, last, -1))
+    how = {"scale": _scale(q, options), "window": None, "sinks": 0, "block": chunk_size or BLOCK}
+    o = blockwise_attention(_grouped(q, k.shape[2]), k, v, query, own.rank, **how)
+    return o.reshape(*q.shape[:3], -1)
+
+
 def _splash(
     arrays: Inputs,
     cache: KVCache,
@@ -359,6 +392,7 @@ SOFTMAX_ATTENTION = SeqOp(
     apply=_apply,
     summary_kind="ring",
     examples=_examples,
+    whole=_whole,
     # With a window the bytes are constant; without, they are those of the capacity.
     state_grows=True,
 )

@@ -40,6 +40,7 @@ def ssd(
     *,
     initial_state: MatrixState | None = None,
     segment_ids: SegmentIds | Documents | None = None,
+    causal: bool = True,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -50,6 +51,7 @@ def ssd(
 
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
+    causal: False adds the outputs of the reversed span, each document reversed in its place. The state is ().
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
     chunk_size: positions per chunk; None is 64.
 
@@ -66,6 +68,7 @@ def ssd(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        causal=causal,
     )
 
 

@@ -45,6 +45,7 @@ def wkv6(
     scale: float | None = None,
     initial_state: MatrixState | None = None,
     segment_ids: SegmentIds | Documents | None = None,
+    causal: bool = True,
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -56,6 +57,7 @@ def wkv6(
     scale: factor on q; None is k ** -0.5. RWKV-6 itself takes 1.
     initial_state: a final state; it belongs to the document of the first real token.
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
+    causal: False adds the outputs of the reversed span, each document reversed in its place. The state is ().
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
     chunk_size: positions per chunk; None is 64. It is rounded up to a power of two.
 
@@ -71,6 +73,7 @@ def wkv6(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        causal=causal,
     )
 
 
