@@ -25,12 +25,16 @@ from seqmodels.layers.retention import Retention
 from seqmodels.layers.rglru import RGLRU
 from seqmodels.layers.rwkv6 import RWKV6
 from seqmodels.layers.softmax_attention import SoftmaxAttention
+from seqmodels.layers.titans_mac import TitansMAC
+from seqmodels.layers.titans_mag import TitansMAG
+from seqmodels.layers.titans_mal import TitansMAL
 from seqmodels.layers.titans_memory import TitansMemory
 from seqmodels.layers.ttt import TTT
 from seqmodels.ops._op import SeqOp
 from seqmodels.ops.aaren import AAREN
 from seqmodels.ops.delta_rule import DELTA_RULE
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION
+from seqmodels.ops.memory_as_context import MEMORY_AS_CONTEXT
 from seqmodels.ops.mlstm import MLSTM as MLSTM_OP
 from seqmodels.ops.neural_memory import NEURAL_MEMORY
 from seqmodels.ops.rglru import RGLRU as RGLRU_OP
@@ -64,6 +68,9 @@ MIXERS: dict[str, Entry] = {
     "hgrn2": Entry(LINEAR_ATTENTION, HGRN2),
     "rwkv6": Entry(WKV6, RWKV6),
     "titans_memory": Entry(NEURAL_MEMORY, TitansMemory),
+    "titans_mac": Entry(MEMORY_AS_CONTEXT, TitansMAC),
+    "titans_mag": Entry(NEURAL_MEMORY, TitansMAG),
+    "titans_mal": Entry(NEURAL_MEMORY, TitansMAL),
     "ttt": Entry(NEURAL_MEMORY, TTT),
     "softmax_attention": Entry(SOFTMAX_ATTENTION, SoftmaxAttention),
 }

@@ -25,6 +25,9 @@ from seqmodels.layers.retention import Retention
 from seqmodels.layers.rglru import RGLRU
 from seqmodels.layers.rwkv6 import RWKV6
 from seqmodels.layers.softmax_attention import SoftmaxAttention
+from seqmodels.layers.titans_mac import TitansMAC
+from seqmodels.layers.titans_mag import TitansMAG
+from seqmodels.layers.titans_mal import TitansMAL
 from seqmodels.layers.titans_memory import TitansMemory
 from seqmodels.layers.ttt import TTT
 
@@ -52,6 +55,9 @@ __all__ = [
     "SoftmaxAttention",
     "Stream",
     "SwiGLU",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
     "TitansMemory",
     "make_norm",
 ]

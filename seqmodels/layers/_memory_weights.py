@@ -27,12 +27,15 @@ def memory_weights(
     return tuple(weights)
 
 
+def empty_weights(heads: int, widths: Sequence[int], *, use_bias: bool) -> Weights:
+    """Weights of the shape of theirs, all zero."""
+    return tuple(
+        Linear(jnp.zeros((heads, i, o)), jnp.zeros((heads, o)) if use_bias else None) for i, o in pairwise(widths)
+    )
+
+
 def empty_state(
     batch_size: int, heads: int, widths: Sequence[int], *, use_bias: bool, has_momentum: bool
 ) -> NeuralMemoryState:
     """A state of the shape of theirs, all zero: the layer puts its learned weights in at the first token."""
-    weights = tuple(
-        Linear(jnp.zeros((heads, i, o)), jnp.zeros((heads, o)) if use_bias else None)
-        for i, o in pairwise(widths)
-    )
-    return fresh_state(batch_size, weights, None, has_momentum=has_momentum)
+    return fresh_state(batch_size, empty_weights(heads, widths, use_bias=use_bias), None, has_momentum=has_momentum)

@@ -58,13 +58,17 @@ class SoftmaxAttention(QKVMixer):
                 make_norm("rmsnorm", dtype=self.dtype, param_dtype=self.param_dtype) for _ in range(2)
             )
 
-    def project(self, x: Activations, stream: Stream) -> dict:
+    def placed(self, x: Activations, stream: Stream, positions: Array) -> dict[str, Array]:
+        """Queries, keys and values of tokens at these positions [b, t]."""
         q, k, v = self.qkv(x, stream)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base is not None:
-            q, k = (rotary(y, stream.positions, self.rope_base) for y in (q, k))
-        return {"q": q, "k": k, "v": v, "window": self.window, "sinks": self.sinks}
+            q, k = (rotary(y, positions, self.rope_base) for y in (q, k))
+        return {"q": q, "k": k, "v": v}
+
+    def project(self, x: Activations, stream: Stream) -> dict:
+        return {**self.placed(x, stream, stream.positions), "window": self.window, "sinks": self.sinks}
 
     def readout(self, o: Array, x: Activations) -> Activations:
         return self.o_proj(merge_heads(o))

@@ -27,6 +27,9 @@ from seqmodels.notation import Array
 from seqmodels.ops import _scan
 from seqmodels.ops._scan import Documents, state_dtype
 
+# The rank of keys in front of all documents, which every query sees.
+IN_FRONT = -2
+
 
 class Reach(NamedTuple):
     """What each query may see: the keys whose rank is in first..rank, less what a window hides.
@@ -54,12 +57,12 @@ def reach(before: Array, docs: Documents | None, length: int) -> Reach:
 
 
 def sees(query: Reach, key: Array, window: int | None, sinks: int) -> Array:
-    """Whether a query sees the key of a rank, -1 at padding or in an empty slot. All broadcast against one another."""
+    """Whether a query sees the key of a rank: -1 at padding or in an empty slot, or `IN_FRONT`. All broadcast."""
     first, rank = query
     seen = (first <= key) & (key <= rank)
     if window is not None:
         seen &= (rank - window < key) | (key < first + sinks)
-    return seen
+    return seen | ((key == IN_FRONT) & (rank >= 0))
 
 
 def product(axes: str, x: Array, y: Array) -> Array:
@@ -122,6 +125,7 @@ def _blocks_in_sight(query: Reach, key: Array, window: int | None, sinks: int) -
         if sinks:
             near |= key_first < jnp.max(query.first, -1)[:, None] + sinks
         sight &= near
+    sight |= (key == IN_FRONT).any(axis=-1) & (last[:, None] >= 0)
     sight = sight.any(axis=-1)
     return jnp.argsort(~sight, axis=1, stable=True), sight.sum(axis=1, dtype=jnp.int32)
 

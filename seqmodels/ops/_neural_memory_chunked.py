@@ -77,6 +77,19 @@ def in_order(
     return _heads_last(o).reshape(batch, -1, *inputs.v.shape[2:])[:, :length], memory
 
 
+def in_slots(
+    inputs: MiniBatch, real: Array, start: Memory, norm: Norm | None, options: Options
+) -> tuple[Array, Memory]:
+    """Rows [b, t, h, ...] of whole mini-batches, in whose slots there is a token where real [b, t]."""
+
+    def cut(x: Array) -> Array:
+        return x.reshape(x.shape[0], -1, options["mini_batch"], *x.shape[2:])
+
+    tile = partial(_tile, norm=norm, fresh=None, options=options)
+    memory, o = _scan_tiles(tile, start, (_heads_first(jax.tree.map(cut, inputs)), cut(real), None), 1)
+    return _heads_last(o).reshape(*real.shape, *inputs.v.shape[2:]), memory
+
+
 def in_tiles(
     inputs: MiniBatch,
     start: Memory,

@@ -20,6 +20,8 @@ def supports(arrays: Inputs, options: Options) -> str | None:
     q, k, v = (arrays[name] for name in "qkv")
     if not options.get("fresh", False):
         return "a cache came in; expected none"
+    if arrays.get("prefix_k") is not None:
+        return "prefix_k came in; expected none"
     if options.get("sinks", 0):
         return f"sinks={options['sinks']}; expected 0"
     if q.shape[1] % LANES:

@@ -4,18 +4,21 @@
     m_t = max_j s_tj,        l_t = sum_j exp(s_tj - m_t)
 
 where j runs over the tokens that t can see: those of its own document, at its position or before it, and with
-a window those fewer than `window` positions away or among the first `sinks` of the document. With causal=False j
-runs over the whole document, with a window over |t - j| < window.
+a window those fewer than `window` positions away or among the first `sinks` of the document; and over a prefix
+of keys and values that stands in front of every document and that no window hides. With causal=False j runs over
+the whole document and the prefix, with a window over |t - j| < window.
 
 Attention: Vaswani et al. 2017, arXiv 1706.03762. Grouped heads: Ainslie et al. 2023, arXiv 2305.13245. Sinks:
-Xiao et al. 2023, arXiv 2309.17453. The chunked form (_blockwise_attention.py) takes memory linear in the
-length, and with a window time too. On TPU splash attention computes it where it can (_splash_attention.py).
+Xiao et al. 2023, arXiv 2309.17453. Prefix: Sukhbaatar et al. 2019, arXiv 1907.01470. The chunked form
+(_blockwise_attention.py) takes memory linear in the length, and with a window time too. On TPU splash attention
+computes it where it can (_splash_attention.py).
 
     code    shape           dtype         meaning
     q       [b, t, h, k]    any float     queries; query head i reads key head i // (h // hk)
     k       [b, t, hk, k]   as q          keys
     v       [b, t, hk, v]   as q          values
     scale                   number        k ** -0.5 unless given
+    prefix_k [n, hk, k]     as q          keys of the prefix, prefix_v [n, hk, v] its values; None for no prefix
     m, l    [.., t]         float32       greatest score and sum of exponentials of a query
     p       [.., t, j]      float32       probabilities
     state   `KVCache`       k, v as q     keys and values of the document so far (see _kv_cache.py)
@@ -33,7 +36,7 @@ from jaxtyping import Float
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
 from seqmodels.ops import _dispatch, _scan, _splash_attention
-from seqmodels.ops._blockwise_attention import Reach, blockwise_attention, product, reach, sees
+from seqmodels.ops._blockwise_attention import IN_FRONT, Reach, blockwise_attention, product, reach, sees
 from seqmodels.ops._kv_cache import KVCache, append, emptied, empty_cache, enlarged
 from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
@@ -48,6 +51,8 @@ def softmax_attention(
     k: Keys,
     v: Values,
     *,
+    prefix_k: Float[Array, "n h k"] | None = None,
+    prefix_v: Float[Array, "n h v"] | None = None,
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
@@ -63,7 +68,8 @@ def softmax_attention(
 
     Returns the outputs [b, t, h, v] in q's dtype and the cache of the last document. `window` counts the
     query's own position; None sees everything before. `sinks`: tokens from the start of a document that stay
-    visible beside the window. `segment_ids` [b, t]: documents, 0 is padding, found only before the first and
+    visible beside the window. `prefix_k` [n, hk, k], `prefix_v` [n, hk, v]: what every real token sees beside its
+    document; not in the cache. `segment_ids` [b, t]: documents, 0 is padding, found only before the first and
     after the last document of a row or between documents; nobody sees padding, and its output is 0.
 
     The cache has window + sinks slots, whatever the length. Without a window it has `capacity`: by default
@@ -82,6 +88,7 @@ def softmax_attention(
     _check(q, k, v, window, sinks, capacity)
     if not causal and sinks:
         raise InputError(f"softmax_attention: sinks={sinks} with causal=False; expected 0, sinks are a decoder's")
+    _check_prefix(k, v, prefix_k, prefix_v)
     if not isinstance(initial_state, KVCache | None):
         kind = type(initial_state).__name__
         raise InputError(f"softmax_attention: initial_state is a {kind}; expected a KVCache")
@@ -96,7 +103,7 @@ def softmax_attention(
         _check_room(initial_state, segment_ids, batch, length, capacity)
     return _dispatch.run(
         SOFTMAX_ATTENTION,
-        {"q": q, "k": k, "v": v},
+        {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v},
         {"scale": scale, "window": window, "sinks": sinks, "capacity": capacity},
         initial_state=initial_state,
         segment_ids=segment_ids,
@@ -134,6 +141,19 @@ def _check(q: Array, k: Array, v: Array, window: int | None, sinks: int, capacit
         )
     if sinks < 0:
         raise InputError(f"softmax_attention: sinks={sinks}; expected a number of tokens")
+
+
+def _check_prefix(k: Array, v: Array, prefix_k: Array | None, prefix_v: Array | None) -> None:
+    if prefix_k is None and prefix_v is None:
+        return
+    for name, x, like in (("prefix_k", prefix_k, k), ("prefix_v", prefix_v, v)):
+        expected = ("n", *like.shape[2:])
+        if x is None:
+            raise InputError(f"softmax_attention: {name} is None; expected {expected}, or no prefix at all")
+        if x.ndim != 3 or x.shape[1:] != like.shape[2:] or x.shape[0] != prefix_k.shape[0]:
+            raise InputError(f"softmax_attention: {name} has shape {x.shape}; expected {expected}, n the same in both")
+        if x.dtype != like.dtype:
+            raise InputError(f"softmax_attention: {name} is {x.dtype}; expected {like.dtype} as q is")
 
 
 def _checked_cache(cache: KVCache, shape: tuple[int, ...], window: int | None) -> KVCache:
@@ -194,7 +214,7 @@ def _grouped(q: Array, key_heads: int) -> Array:
     return q.reshape(*q.shape[:-2], key_heads, -1, q.shape[-1])
 
 
-def _attend(q: Array, k: Array, v: Array, seen: Array, options: Options) -> Array:
+def attend(q: Array, k: Array, v: Array, seen: Array, options: Options) -> Array:
     """Equation (1) for q [b, t, h, k], k [b, j, hk, k], v [b, j, hk, v]; seen [b, t, j]: what a query sees.
 
     In float64 for float64 inputs, which `jax.nn.dot_product_attention` is not.
@@ -217,8 +237,19 @@ def _step(cache: KVCache, arrays: Inputs, options: Options) -> tuple[KVCache, Ar
     visible = cache.position >= 0
     if window is not None:
         visible &= (now - cache.position < window) | (cache.position < sinks)
-    o = _attend(q, cache.k, cache.v, visible[:, None], options)
+    visible = visible[:, None]
+    k, v = cache.k, cache.v
+    if arrays["prefix_k"] is not None:
+        prefix_k, prefix_v = _prefix(arrays, k.shape[0])
+        k, v = jnp.concatenate([prefix_k, k], axis=1), jnp.concatenate([prefix_v, v], axis=1)
+        visible = jnp.pad(visible, ((0, 0), (0, 0), (prefix_k.shape[1], 0)), constant_values=True)
+    o = attend(q, k, v, visible, options)
     return cache, _nan_without_room(o, now, cache, options)[:, 0]
+
+
+def _prefix(arrays: Inputs, batch: int) -> tuple[Array, Array]:
+    """Keys and values of the prefix for every row."""
+    return tuple(jnp.broadcast_to(x, (batch, *x.shape)) for x in (arrays["prefix_k"], arrays["prefix_v"]))
 
 
 def _nan_without_room(o: Array, position: Array, cache: KVCache, options: Options) -> Array:
@@ -231,13 +262,21 @@ def _nan_without_room(o: Array, position: Array, cache: KVCache, options: Option
 def _with_cache(
     arrays: Inputs, cache: KVCache, docs: Documents | None, options: Options
 ) -> tuple[Array, Array, Array, Reach]:
-    """Keys, values and ranks of the cache and the span in one row, and the reach of the span's queries."""
+    """Keys, values and ranks of prefix, cache and span in one row, and the reach of the span's queries."""
     query = reach(cache.length, docs, arrays["k"].shape[1])
-    if options.get("fresh", False):
-        return arrays["k"], arrays["v"], query.rank, query
-    # In the document of the incoming state a token's rank is its position.
-    pairs = (cache.k, arrays["k"]), (cache.v, arrays["v"]), (cache.position, query.rank)
-    return *(jnp.concatenate(pair, axis=1) for pair in pairs), query
+    parts = [(arrays["k"], arrays["v"], query.rank)]
+    if not options.get("fresh", False):
+        # In the document of the incoming state a token's rank is its position.
+        parts.insert(0, (cache.k, cache.v, cache.position))
+    return *_behind_prefix(arrays, parts), query
+
+
+def _behind_prefix(arrays: Inputs, parts: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
+    """Keys, values and ranks of prefix and `parts` in one row."""
+    if arrays["prefix_k"] is not None:
+        batch, count = arrays["k"].shape[0], arrays["prefix_k"].shape[0]
+        parts = [(*_prefix(arrays, batch), jnp.full((batch, count), IN_FRONT, jnp.int32)), *parts]
+    return tuple(jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
 
 
 def _chunked(
@@ -281,7 +320,8 @@ def _whole(
         first, last = jnp.maximum(first, own.rank - window + 1), jnp.minimum(last, own.rank + window - 1)
     query = Reach(jnp.where(real, first, 0), jnp.where(real, last, -1))
     how = {"scale": _scale(q, options), "window": None, "sinks": 0, "block": chunk_size or BLOCK}
-    o = blockwise_attention(_grouped(q, k.shape[2]), k, v, query, own.rank, **how)
+    k, v, key = _behind_prefix(arrays, [(k, v, own.rank)])
+    o = blockwise_attention(_grouped(q, k.shape[2]), k, v, query, key, **how)
     return o.reshape(*q.shape[:3], -1)
 
 
@@ -308,7 +348,7 @@ def _parallel(
     k, v, key, query = _with_cache(arrays, cache, docs, options)
     queries = jax.tree.map(lambda x: x[..., None], query)
     seen = sees(queries, key[:, None], options.get("window"), options.get("sinks", 0))
-    o = _attend(q, k, v, seen, options)
+    o = attend(q, k, v, seen, options)
     o = _nan_without_room(o, query.rank - query.first, cache, options)
     return o, _final_state(arrays, cache, docs, options)
 
@@ -370,11 +410,15 @@ def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
     grouped = {"q": q, "k": k, "v": v}
     single = {"q": q[:, :, :2], "k": k, "v": v}
     room = {"capacity": 2 * length}
+    prefix_dims = {"prefix_k": 8, "prefix_v": 6}
+    prefix = {
+        name: jax.random.normal(jax.random.fold_in(key, dim), (3, 2, dim)) for name, dim in prefix_dims.items()
+    }
     return {
         "full, V != K": Example(single, room),
         "grouped heads": Example(grouped, {**room, "scale": 0.5}),
         "window 5": Example(single, {"window": 5}),
-        "window 4, 3 sinks, grouped heads": Example(grouped, {"window": 4, "sinks": 3}),
+        "window 4, 3 sinks, grouped heads, prefix": Example({**grouped, **prefix}, {"window": 4, "sinks": 3}),
         "scores in the thousands": Example({"q": 30 * q, "k": 30 * k, "v": v}, room, extreme=True),
     }
 

@@ -52,6 +52,7 @@ OPTIONAL_FIELDS = {
     "mini_batch": 4,
     "memory_depth": 1,
     "persistent": 3,
+    "segment": 8,
 }
 
 

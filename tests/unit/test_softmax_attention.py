@@ -34,9 +34,16 @@ def inputs(length: int = LENGTH, heads: int = 4, key_heads: int = 2, key_dim: in
     return tuple(jnp.asarray(rng.normal(size=(2, length, *shape))) for shape in shapes)
 
 
-def oracle(q, k, v, segment_ids=None, window=None, sinks=0):
+def prefix():
+    rng = np.random.default_rng(2)
+    return {"prefix_k": jnp.asarray(rng.normal(size=(3, 2, 6))), "prefix_v": jnp.asarray(rng.normal(size=(3, 2, 3)))}
+
+
+def oracle(q, k, v, segment_ids=None, window=None, sinks=0, prefix_k=None, prefix_v=None):
     """Equation (1), one query at a time."""
     q, k, v = (np.asarray(x) for x in (q, k, v))
+    none = np.zeros((0, *k.shape[2:])), np.zeros((0, *v.shape[2:]))
+    in_front = none if prefix_k is None else (np.asarray(prefix_k), np.asarray(prefix_v))
     batch, length, heads, key_dim = q.shape
     ids = np.ones((batch, length), int) if segment_ids is None else segment_ids
     o = np.zeros((batch, length, heads, v.shape[-1]))
@@ -48,9 +55,12 @@ def oracle(q, k, v, segment_ids=None, window=None, sinks=0):
             ]
             for h in range(heads):
                 group = h // (heads // k.shape[2])
-                s = k[b, keys, group] @ q[b, t, h] * key_dim**-0.5
+                seen_k, seen_v = (
+                    np.concatenate([x[:, group], y[b, keys, group]]) for x, y in zip(in_front, (k, v), strict=True)
+                )
+                s = seen_k @ q[b, t, h] * key_dim**-0.5
                 p = np.exp(s - s.max())
-                o[b, t, h] = p / p.sum() @ v[b, keys, group]
+                o[b, t, h] = p / p.sum() @ seen_v
     return o
 
 
@@ -64,6 +74,16 @@ def test_values_match_the_oracle(form, mask):
     q, k, v = inputs()
     o, _ = attention(q, k, v, **MASKS[mask], segment_ids=SEGMENTS, form=form, chunk_size=5)
     assert_close(o, oracle(q, k, v, SEGMENTS, **MASKS[mask]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mask", ["full", "window and sinks"])
+def test_a_prefix_is_seen_by_every_token_and_by_no_padding(form, mask):
+    q, k, v = inputs()
+    options = {**MASKS[mask], **prefix()}
+    o, state = attention(q, k, v, **options, segment_ids=SEGMENTS, form=form, chunk_size=5)
+    assert_close(o, oracle(q, k, v, SEGMENTS, **options))
+    assert_same(state, attention(q, k, v, **MASKS[mask], segment_ids=SEGMENTS, form=form, chunk_size=5)[1])
 
 
 def test_a_window_of_one_returns_the_values():
@@ -237,10 +257,14 @@ def temporary_bytes(length: int, gradient: bool, **options) -> int:
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_is_linear_in_the_length(gradient):
-    def growth(form):
-        return temporary_bytes(4096, gradient, form=form) / temporary_bytes(2048, gradient, form=form)
+    in_front = {"prefix_k": jnp.zeros((4, 2, 16), jnp.float32), "prefix_v": jnp.zeros((4, 2, 16), jnp.float32)}
+
+    def growth(form, **prefix):
+        longer, shorter = (temporary_bytes(length, gradient, form=form, **prefix) for length in (4096, 2048))
+        return longer / shorter
 
     assert growth("chunked") < 2.1
+    assert growth("chunked", **in_front) < 2.1
     assert growth("parallel") > 3.5  # the check can fail
 
 
@@ -275,6 +299,14 @@ BAD = {
     "window": (lambda q, k, v: softmax_attention(q, k, v, window=0), "window=0"),
     "sinks": (lambda q, k, v: softmax_attention(q, k, v, window=2, sinks=-1), "sinks=-1"),
     "capacity": (lambda q, k, v: softmax_attention(q, k, v, capacity=0), "capacity=0"),
+    "half a prefix": (
+        lambda q, k, v: softmax_attention(q, k, v, prefix_k=prefix()["prefix_k"]),
+        r"prefix_v is None; expected \('n', 2, 3\), or no prefix",
+    ),
+    "prefix heads": (
+        lambda q, k, v: softmax_attention(q, k, v, **{**prefix(), "prefix_k": jnp.zeros((3, 4, 6))}),
+        r"prefix_k has shape \(3, 4, 6\); expected \('n', 2, 6\)",
+    ),
     "no room": (lambda q, k, v: softmax_attention(q, k, v, capacity=23), "reaches 24 tokens"),
     "not a cache": (
         lambda q, k, v: softmax_attention(q, k, v, initial_state=(k, v)),

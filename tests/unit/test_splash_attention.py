@@ -58,6 +58,7 @@ def test_equals_the_blockwise_form(interpreted, options, segment_ids):
     ("arrays", "options", "reason"),
     [
         (inputs(), {"initial_state": empty_cache(2, 512, 2, 64, 32)}, "a cache came in"),
+        (inputs(), {"prefix_k": np.ones((3, 2, 64), "f"), "prefix_v": np.ones((3, 2, 32), "f")}, "prefix_k came in"),
         (inputs(), {"window": 8, "sinks": 2}, "sinks=2; expected 0"),
         (inputs(length=200), {}, "the length is 200; expected a multiple of 128"),
         (inputs(np.float16), {}, "q is float16; expected float32 or bfloat16"),
