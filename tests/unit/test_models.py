@@ -24,8 +24,8 @@ def apply_shapes(model: LanguageModel):
     ("fields", "message"),
     [
         ({"pattern": ("gated_linear_atention",)}, "did you mean 'gated_linear_attention'"),
-        ({"n_layers": 3, "pattern": ("retention", "softmax_attention")}, "not a multiple of the pattern's length 2"),
-        ({"pattern": ()}, "not a multiple of the pattern's length 0"),
+        ({"pattern": ()}, "pattern is empty"),
+        ({"mixer_scales": ((1.0, 1.0),) * 3}, "expected one, or one for each of the 1 places"),
         ({"remat": "ful"}, "did you mean 'full'"),
         ({"norm": "rms"}, "did you mean 'rmsnorm'"),
         ({"d_model": 30, "pattern": ("retention",)}, "not divisible by 8 heads"),
