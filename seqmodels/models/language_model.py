@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
             param_dtype=self.param_dtype,
             embedding_init=nn.initializers.normal(0.02),
         )
-        self.stack = Stack(**self._stack_fields())
+        self.stack = Stack(**self.stack_fields())
         self.final_norm = make_norm(
             self.norm, epsilon=self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype
         )
@@ -72,13 +72,13 @@ class LanguageModel(nn.Module):
                 kernel_init=nn.initializers.normal(0.02),
             )
 
-    def _stack_fields(self) -> dict[str, Any]:
+    def stack_fields(self) -> dict[str, Any]:
         names = ("d_model", "n_layers", "pattern", "mlp", "norm", "norm_eps", "normalized_residual", "mixer_scales")
         return {name: getattr(self, name) for name in (*names, "mlp_scales", "scan", "remat", "dtype", "param_dtype")}
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> tuple[MixerState, ...]:
         """The state before the first token; `capacity` is the number of tokens to come, where states grow with it."""
-        return Stack(**self._stack_fields(), parent=None).initial_state(batch_size, capacity)
+        return Stack(**self.stack_fields(), parent=None).initial_state(batch_size, capacity)
 
     def __call__(
         self,
