@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 from seqmodels.errors import InputError, nearest
 from seqmodels.interop._config import Config
 from seqmodels.interop._family import Family, Fields, build, config_of
-from seqmodels.interop._files import CONFIG, FLOATS, WeightFiles, fill, read_config, write_json, write_weights
+from seqmodels.interop._files import (
+    COMPANIONS,
+    CONFIG,
+    FLOATS,
+    WeightFiles,
+    copy_companions,
+    fill,
+    read_config,
+    write_json,
+    write_weights,
+)
 from seqmodels.interop._tensors import read_parameters, write_parameters
 from seqmodels.interop.llama import LLAMA
 from seqmodels.interop.mamba2 import MAMBA2, MAMBA2_ORIGINAL
@@ -86,6 +96,7 @@ def save(
     dtype: str = "float32",
     dtypes: Mapping[str, str] | None = None,
     extra: Config | None = None,
+    companions: str | Path | None = None,
     shard_bytes: int = 4 * 2**30,
 ) -> Family:
     """Write a new folder with config.json and safetensors, and return the family that it is of.
@@ -93,6 +104,7 @@ def save(
     family   one of `FAMILIES`; None for the first that computes what the model computes
     dtype    of the weights, but for those that `dtypes` names
     extra    entries of config.json that say nothing of the function, such as the ids of special tokens
+    companions   a folder whose tokenizer files are copied
 
     Raises:
         InputError: the model's function is not one of that family, or of any; the folder exists.
@@ -101,13 +113,18 @@ def save(
     if dtype not in FLOATS:
         raise InputError(f"dtype {dtype!r} cannot be written; {nearest(dtype, FLOATS)}")
     chosen, config = _published(model, family)
-    named = {"architectures": [chosen.architecture]} if "model_type" in config else {}
-    config = {**(extra or {}), **named, **config}
+    if "model_type" in config:
+        named = {"architectures": [chosen.architecture], "dtype": dtype}
+        config = {**named, **(extra or {}), **config}
+    else:
+        config = {**(extra or {}), **config}
 
     def write(unfinished: Path) -> None:
         tensors = write_parameters(chosen, model, config, params, dtypes or {}, dtype)
         write_weights(unfinished, tensors, shard_bytes)
         write_json(unfinished / CONFIG, config)
+        if companions is not None:
+            copy_companions(Path(companions), unfinished)
 
     fill(folder, write)
     return chosen
@@ -125,4 +142,4 @@ def _published(model: LanguageModel, name: str | None) -> tuple[Family, dict[str
     raise InputError(f"this model is none of a published architecture ({'; '.join(reasons)})")
 
 
-__all__ = ["FAMILIES", "Loaded", "build", "family_of", "load", "save"]
+__all__ = ["COMPANIONS", "CONFIG", "FAMILIES", "FLOATS", "Loaded", "build", "family_of", "load", "read_config", "save"]

@@ -4,6 +4,7 @@ A family turns a config.json into fields of our classes and back, and lists its 
 of a family is not a matter of its name: its config is written, read again, and what that gives is compared.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -66,10 +67,15 @@ def of_architecture(name: str) -> Callable[[Config], bool]:
 def build(fields: Fields) -> LanguageModel:
     """The model that these fields describe."""
 
-    def constructor(cls: type) -> Callable[..., nn.Module]:
-        return functools.partial(cls, **fields.get(cls.__name__, {}))
+    def complete(cls: type) -> dict[str, Any]:
+        # With its defaults, so that a config file that has been read has no say in it.
+        own = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING and f.init}
+        return {**{name: own[name] for name in own.keys() - {"parent", "name"}}, **fields.get(cls.__name__, {})}
 
-    own = dict(fields["LanguageModel"])
+    def constructor(cls: type) -> Callable[..., nn.Module]:
+        return functools.partial(cls, **complete(cls))
+
+    own = complete(LanguageModel)
     own["pattern"] = tuple(constructor(MIXERS[name].layer) for name in own["pattern"])
     if own.get("mlp") is not None:
         own["mlp"] = constructor(own["mlp"])

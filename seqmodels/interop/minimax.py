@@ -18,7 +18,7 @@ from seqmodels.interop._names import LINEAR, Weight, experts, fused_experts, lin
 from seqmodels.layers import MiniMaxLightningAttention, MoE, SoftmaxAttention
 
 MIXERS = {"linear_attention": "minimax_lightning_attention", "full_attention": "softmax_attention"}
-BLOCK = 256
+BLOCK = 256  # places in the tables of decays, where the config does not say
 
 
 def _kinds(config: Config) -> list[str]:
@@ -95,7 +95,6 @@ def _config(anatomy: Anatomy) -> dict[str, Any]:
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "layer_types": kinds,
-        "block_size": BLOCK,
         "mlp_alpha_factor": model.mlp_scales[0],
         "mlp_beta_factor": model.mlp_scales[1],
     }

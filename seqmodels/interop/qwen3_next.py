@@ -162,16 +162,17 @@ def _delta(theirs: str, ours: str, fields: dict[str, Any]) -> list[Weight]:
     heads, sharing = fields["num_heads"], fields["num_v_heads"] // fields["num_heads"]
     keys = fields["head_dim"]
     values = sharing * round(keys * fields["expand_v"])
+    widths = (keys, keys, values)  # of one key head
     projections = tuple(f"{ours}/{name}_proj/kernel" for name in "qkvg")
     convolutions = tuple(f"{ours}/{name}_conv1d/kernel" for name in "qkv")
     return [
-        Weight((f"{theirs}.in_proj_qkvz.weight",), projections, heads_together(heads, (keys, keys, values, values))),
+        Weight((f"{theirs}.in_proj_qkvz.weight",), projections, heads_together(heads, (*widths, values))),
         Weight(
             (f"{theirs}.in_proj_ba.weight",),
             (f"{ours}/b_proj/kernel", f"{ours}/a_proj/kernel"),
             heads_together(heads, (sharing, sharing)),
         ),
-        Weight((f"{theirs}.conv1d.weight",), convolutions, channels_together([heads * n for n in (keys, keys, values)])),
+        Weight((f"{theirs}.conv1d.weight",), convolutions, channels_together([heads * n for n in widths])),
         same(f"{theirs}.A_log", f"{ours}/A_log"),
         same(f"{theirs}.dt_bias", f"{ours}/dt_bias"),
         norm(f"{theirs}.norm", f"{ours}/o_norm"),

@@ -1,4 +1,6 @@
-"""A mixture of gated feed-forward experts (Shazeer et al. 2017, arXiv 1701.06538; as in Mixtral, 2024, arXiv 2401.04088).
+"""A mixture of gated feed-forward experts (Shazeer et al. 2017, arXiv 1701.06538).
+
+As in Mixtral (Jiang et al. 2024, arXiv 2401.04088):
 
     p   = softmax(x W_r)                                     float32, over the experts
     y   = sum over the k largest p_e of  w_e down_e(silu(gate_e(x)) * up_e(x)),    w_e = p_e / (their sum)
@@ -46,7 +48,7 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
         if not 1 <= self.top_k <= self.num_experts:
-            raise InputError(f"MoE: top_k = {self.top_k} of num_experts = {self.num_experts}; expected 1 to that number")
+            raise InputError(f"MoE: top_k = {self.top_k}; expected 1 to num_experts = {self.num_experts}")
         tokens = x.reshape(-1, self.d_model)
         y = self._experts(tokens, *self._route(tokens)).reshape(x.shape)
         if self.shared_dim is not None:
