@@ -17,20 +17,22 @@ from seqmodels.interop._family import Anatomy, Family, Fields, of_architecture
 from seqmodels.interop._names import LINEAR, Weight, experts, fused_experts, linear, norm, same
 from seqmodels.layers import MiniMaxLightningAttention, MoE, SoftmaxAttention
 
-MIXERS = {"linear_attention": "minimax_lightning_attention", "full_attention": "softmax_attention"}
+# Their words for the kinds of layers.
+LIGHTNING, FULL = "linear_attention", "full_attention"
+MIXERS = {LIGHTNING: "minimax_lightning_attention", FULL: "softmax_attention"}
 BLOCK = 256  # places in the tables of decays, where the config does not say
 
 
 def _kinds(config: Config) -> list[str]:
     layers = need(config, "num_hidden_layers")
-    kinds = config.get("layer_types") or [("full_attention", "linear_attention")[i % 2] for i in range(layers)]
+    kinds = config.get("layer_types") or [(FULL, LIGHTNING)[i % 2] for i in range(layers)]
     if len(kinds) != layers or set(kinds) - set(MIXERS):
         raise InputError(f"config.json has layer_types {kinds}; expected {layers} of {' and '.join(MIXERS)}")
     return list(kinds)
 
 
 def _scales(config: Config, kind: str) -> tuple[float, float]:
-    part = {"linear_attention": "linear_attn", "full_attention": "full_attn", "mlp": "mlp"}[kind]
+    part = {LIGHTNING: "linear_attn", FULL: "full_attn", "mlp": "mlp"}[kind]
     return float(config.get(f"{part}_alpha_factor", 1)), float(config.get(f"{part}_beta_factor", 1))
 
 
@@ -62,9 +64,9 @@ def _fields(config: Config) -> Fields:
             "hidden_dim": need(config, "intermediate_size"),
         },
     }
-    if "linear_attention" in kinds:
+    if LIGHTNING in kinds:
         found["MiniMaxLightningAttention"] = {"num_heads": heads, "head_dim": _head_dim(config)}
-    if "full_attention" in kinds:
+    if FULL in kinds:
         found["SoftmaxAttention"] = {
             "num_heads": heads,
             "num_kv_heads": config.get("num_key_value_heads") or heads,
@@ -79,7 +81,7 @@ def _fields(config: Config) -> Fields:
 def _config(anatomy: Anatomy) -> dict[str, Any]:
     model, moe = anatomy.model, anatomy.feed_forward(MoE)
     lightning = anatomy.the(MiniMaxLightningAttention)
-    names = {MiniMaxLightningAttention: "linear_attention", SoftmaxAttention: "full_attention"}
+    names = {MiniMaxLightningAttention: LIGHTNING, SoftmaxAttention: FULL}
     kinds = anatomy.kinds(names)
     found = {
         "model_type": "minimax",
@@ -99,9 +101,9 @@ def _config(anatomy: Anatomy) -> dict[str, Any]:
         "mlp_beta_factor": model.mlp_scales[1],
     }
     for kind, (alpha, beta) in zip(kinds, anatomy.mixer_scales(), strict=True):
-        part = {"linear_attention": "linear_attn", "full_attention": "full_attn"}[kind]
+        part = {LIGHTNING: "linear_attn", FULL: "full_attn"}[kind]
         found |= {f"{part}_alpha_factor": alpha, f"{part}_beta_factor": beta}
-    if "full_attention" in kinds:
+    if FULL in kinds:
         attention = anatomy.the(SoftmaxAttention)
         if attention.rope_base is None:
             raise InputError("its attention has no positions")
@@ -125,7 +127,7 @@ def _weights(config: Config, fused: bool) -> list[Weight]:
             *_moe(theirs, f"{ours}/mlp", config.get("num_local_experts", 8), fused),
         ]
         theirs, ours = f"{theirs}.self_attn", f"{ours}/mixer"
-        if kind == "linear_attention":
+        if kind == LIGHTNING:
             found += [norm(f"{theirs}.norm", f"{ours}/norm")]
             names = ("qkv_proj", "output_gate", "out_proj")
         else:
@@ -161,7 +163,7 @@ def _decays(config: Config) -> Mapping[str, Callable[[], np.ndarray]]:
 
     found: dict[str, Callable[[], np.ndarray]] = {}
     for i, kind in enumerate(_kinds(config)):
-        if kind == "linear_attention":
+        if kind == LIGHTNING:
             found |= {
                 f"model.layers.{i}.self_attn.slope_rate": lambda i=i: slope(i),
                 f"model.layers.{i}.self_attn.query_decay": lambda i=i: np.exp(-slope(i) * place[:, None]),

@@ -25,13 +25,15 @@ from seqmodels.interop._names import (
 )
 from seqmodels.layers import GatedDeltaNet, MoE, SoftmaxAttention
 
-MIXERS = {"linear_attention": "gated_delta_net", "full_attention": "softmax_attention"}
+# Their words for the kinds of layers.
+DELTA, FULL = "linear_attention", "full_attention"
+MIXERS = {DELTA: "gated_delta_net", FULL: "softmax_attention"}
 NORM = "zero_centered_rmsnorm"
 
 
 def _kinds(config: Config) -> list[str]:
     layers, interval = need(config, "num_hidden_layers"), config.get("full_attention_interval", 4)
-    default = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
+    default = [DELTA if (i + 1) % interval else FULL for i in range(layers)]
     kinds = config.get("layer_types") or default
     if len(kinds) != layers or set(kinds) - set(MIXERS):
         raise InputError(f"config.json has layer_types {kinds}; expected {layers} of {' and '.join(MIXERS)}")
@@ -63,7 +65,7 @@ def _fields(config: Config) -> Fields:
             "shared_dim": config.get("shared_expert_intermediate_size", 512),
         },
     }
-    if "linear_attention" in kinds:
+    if DELTA in kinds:
         keys, values = config.get("linear_key_head_dim", 128), config.get("linear_value_head_dim", 128)
         found["GatedDeltaNet"] = {
             "num_heads": config.get("linear_num_key_heads", 16),
@@ -73,7 +75,7 @@ def _fields(config: Config) -> Fields:
             "conv_size": config.get("linear_conv_kernel_dim", 4),
             "norm_eps": epsilon,
         }
-    if "full_attention" in kinds:
+    if FULL in kinds:
         bias = config.get("attention_bias", False)
         found["SoftmaxAttention"] = {
             "num_heads": need(config, "num_attention_heads"),
@@ -102,7 +104,7 @@ def _config(anatomy: Anatomy) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "num_hidden_layers": model.n_layers,
-        "layer_types": anatomy.kinds({GatedDeltaNet: "linear_attention", SoftmaxAttention: "full_attention"}),
+        "layer_types": anatomy.kinds({GatedDeltaNet: DELTA, SoftmaxAttention: FULL}),
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
@@ -137,7 +139,7 @@ def _weights(config: Config, fused: bool) -> list[Weight]:
             norm(f"{theirs}.post_attention_layernorm", f"{ours}/mlp_norm"),
             *_moe(f"{theirs}.mlp", f"{ours}/mlp", fields["MoE"]["num_experts"], fused),
         ]
-        if kind == "linear_attention":
+        if kind == DELTA:
             found += _delta(f"{theirs}.linear_attn", f"{ours}/mixer", fields["GatedDeltaNet"])
         else:
             found += _attention(f"{theirs}.self_attn", f"{ours}/mixer", fields["SoftmaxAttention"])

@@ -1,10 +1,14 @@
-"""Small random models of transformers, written to a folder, and what they put out."""
+"""Published models in folders: their tensors, small random ones of transformers, and what these put out."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from seqmodels.interop._files import WeightFiles
 
 # On a machine with flash-linear-attention or mamba_ssm transformers takes their kernels, which want a GPU.
 KERNEL_CHECKS = ("is_flash_linear_attention_available", "is_mamba_ssm_available", "is_mamba_2_ssm_available")
@@ -56,3 +60,18 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
     with torch.no_grad():
         return model(torch.from_numpy(tokens).long(), use_cache=False).logits.float().numpy()
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All the tensors of a folder."""
+    files = WeightFiles(folder)
+    return {name: files.read(name) for name in files}
+
+
+def write_tensors(folder: Path, weights: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
+    """A folder with these weights in one file, and this config.json."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
