@@ -33,6 +33,7 @@ from seqmodels.training import (
     make_evaluator,
     make_train_step,
     parameter_shapes,
+    restore_parameters,
     say,
     state_shapes,
     training_loop,
@@ -146,7 +147,15 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
             start, state = restored.step, restored.state
             say(f"continuing after step {start}")
         else:
-            start, state = 0, create_state(model, transform, seq_len=job.seq_len, seed=job.seed, mesh=mesh)
+            start = 0
+            state = create_state(
+                model,
+                transform,
+                seq_len=job.seq_len,
+                seed=job.seed,
+                mesh=mesh,
+                params=starting_parameters(job, parameters),
+            )
             say("starting; the first step takes longest, it is compiled")
         run.cut_metrics(start)
 
@@ -183,6 +192,15 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     if job.sample_tokens and data.tokenizer:
         write_sample(job, state.params)
     return EXIT_DONE
+
+
+def starting_parameters(job: TrainingJob, shapes: Any) -> Any:
+    """Those of the run that the job starts from; None for random ones."""
+    if job.start_from is None:
+        return None
+    found = restore_parameters(RunDirectory(job.start_from, writer=False).checkpoints, shapes)
+    say(f"parameters: those of {job.start_from} after step {found.step}")
+    return found.state
 
 
 def write_sample(job: TrainingJob, params: Any) -> None:

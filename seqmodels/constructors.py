@@ -2,7 +2,7 @@
 
 from seqmodels import config
 from seqmodels.data import MQAR, TextData, mask_inputs, next_token_targets
-from seqmodels.layers import GLU, SGLU, GeGLU, SwiGLU
+from seqmodels.layers import GLU, SGLU, GeGLU, MoE, SwiGLU
 from seqmodels.models import LanguageModel
 from seqmodels.registry import MIXERS
 from seqmodels.training import SGD, Adafactor, AdamW, Lion, TrainingJob
@@ -11,7 +11,7 @@ from seqmodels.training import SGD, Adafactor, AdamW, Lion, TrainingJob
 def register_constructors() -> None:
     """Make all of them known to `seqmodels.config`. A second call changes nothing."""
     config.register(TrainingJob, name="train")
-    layers = [entry.layer for entry in MIXERS.values()] + [GLU, SwiGLU, GeGLU, SGLU]
+    layers = [entry.layer for entry in MIXERS.values()] + [GLU, SwiGLU, GeGLU, SGLU, MoE]
     data = [TextData, MQAR, next_token_targets, mask_inputs]
     optimizers = [AdamW, Lion, Adafactor, SGD]
     for constructor in [LanguageModel, *layers, *data, *optimizers]:

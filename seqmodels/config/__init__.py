@@ -73,6 +73,7 @@ __all__ = [
     "clear",
     "config_text",
     "diff",
+    "fields_text",
     "operative_config",
     "parse",
     "register",
@@ -193,6 +194,11 @@ def operative_config() -> str:
     defaults where it took these. Defaults that a gin file cannot express are left out."""
     with used_lock:
         return groups_text(used)
+
+
+def fields_text(fields: Mapping[str, Mapping[str, Any]]) -> str:
+    """A gin file of values by constructor and parameter; a registered class among the values is named by `@`."""
+    return groups_text({("", find(name, "fields_text").selector): values for name, values in fields.items()})
 
 
 def diff(old: str, new: str) -> str:

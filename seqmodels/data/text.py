@@ -43,6 +43,8 @@ class TextData(Dataset):
         None: 0.05, or what the tokenised corpus was made with.
     column: of Parquet files, the one with the text.
     text_suffixes: of the files that are read as text.
+    mask_token: whether a tokenizer file without a token to mask with gets one, an id after its own. A model that has
+        no room for it can be trained on anything but masked inputs.
 
     Either way each token of each document, and the separator after it, is a target exactly once in an epoch.
     """
@@ -57,11 +59,12 @@ class TextData(Dataset):
         held_out_fraction: float | None = None,
         column: str = "text",
         text_suffixes: Sequence[str] = TEXT_SUFFIXES,
+        mask_token: bool = True,
     ):
         if packing not in PACKINGS:
             raise InputError(f"TextData: packing is {packing!r}; {nearest(packing, PACKINGS)}")
         check_held_out_fraction(held_out_fraction)
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, mask_token)
         self._paths = [paths] if isinstance(paths, str) else paths
         self._packing = packing
         self._held_out_fraction = held_out_fraction

@@ -74,10 +74,10 @@ class FileTokenizer(Tokenizer):
     """A `tokenizer.json` of the Hugging Face `tokenizers` library.
 
     A special token of the file that ends documents (`SEPARATOR_TOKENS`) or masks (`MASK_TOKENS`) is used as
-    such; where the file has none, an id is added after its own.
+    such; where the file has none, an id is added after its own. `add_mask=False` adds none to mask with: `mask` is -1.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, add_mask: bool = True):
         library = import_extra("tokenizers", "a tokenizer file")
         content = Path(path).read_bytes()
         try:
@@ -94,12 +94,14 @@ class FileTokenizer(Tokenizer):
         self._text_ids = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size = self._text_ids
         self.separator = self._special_id(SEPARATOR_TOKENS)
-        self.mask = self._special_id(MASK_TOKENS)
+        self.mask = self._special_id(MASK_TOKENS, add=add_mask)
         self.fingerprint = "sha256:" + hashlib.sha256(content).hexdigest()
 
-    def _special_id(self, names: Sequence[str]) -> int:
+    def _special_id(self, names: Sequence[str], add: bool = True) -> int:
         known = (self._tokenizer.token_to_id(name) for name in names)
         found = next((index for index in known if index is not None), None)
+        if found is None and not add:
+            return -1
         if found is None:
             found, self.vocab_size = self.vocab_size, self.vocab_size + 1
         return found
@@ -130,12 +132,12 @@ class FileTokenizer(Tokenizer):
         return index < self._text_ids and index not in (self.separator, self.mask)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """`"bytes"`, or the path of a Hugging Face `tokenizer.json`."""
+def load_tokenizer(name: str, add_mask: bool = True) -> Tokenizer:
+    """`"bytes"`, or the path of a Hugging Face `tokenizer.json`; for `add_mask` see `FileTokenizer`."""
     if name == "bytes":
         return ByteTokenizer()
     if Path(name).is_file():
-        return FileTokenizer(name)
+        return FileTokenizer(name, add_mask)
     raise InputError(
         f"tokenizer {name!r} is no file; expected 'bytes' or the path of a Hugging Face tokenizer.json"
         f" ({nearest(name, ['bytes'])})"

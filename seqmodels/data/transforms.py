@@ -61,8 +61,8 @@ def mask_inputs(fraction: float = 0.15) -> Transform:
             raise InputError(
                 "mask_inputs comes after next_token_targets: or the targets would be masked as well"
             )
-        if "mask_token" not in batch:
-            raise InputError("mask_inputs: this data set has no mask token; only text has one")
+        if "mask_token" not in batch or (batch["mask_token"] < 0).any():
+            raise InputError("mask_inputs: this data set has no mask token; text has one unless mask_token is False")
         tokens = batch["tokens"]
         draws = [
             np.random.default_rng((int(row_seed), purpose)).random(tokens.shape[1], dtype=np.float32)

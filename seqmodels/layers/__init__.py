@@ -20,6 +20,7 @@ from seqmodels.layers.mamba2 import Mamba2
 from seqmodels.layers.minimax_lightning_attention import MiniMaxLightningAttention
 from seqmodels.layers.mlp import GLU, SGLU, GeGLU, SwiGLU
 from seqmodels.layers.mlstm import MLSTM
+from seqmodels.layers.moe import MoE
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.retention import Retention
 from seqmodels.layers.rglru import RGLRU
@@ -51,6 +52,7 @@ __all__ = [
     "Mamba2",
     "MiniMaxLightningAttention",
     "Mixer",
+    "MoE",
     "Retention",
     "SoftmaxAttention",
     "Stream",

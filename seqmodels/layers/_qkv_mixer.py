@@ -25,9 +25,15 @@ class QKVMixer(Mixer):
         """Channels of the queries, of the keys and of the values, over all heads."""
         raise NotImplementedError
 
+    @property
+    def biases(self) -> tuple[bool, bool]:
+        """Whether the projections to queries, keys and values have biases, and whether that to the output has."""
+        return False, False
+
     def setup(self) -> None:
-        self.q_proj, self.k_proj, self.v_proj = map(self.dense, self.qkv_widths)
-        self.o_proj = self.dense(self.d_model)
+        q_bias, o_bias = self.biases
+        self.q_proj, self.k_proj, self.v_proj = (self.dense(width, use_bias=q_bias) for width in self.qkv_widths)
+        self.o_proj = self.dense(self.d_model, use_bias=o_bias)
         if self.conv_size:
             self.q_conv1d, self.k_conv1d, self.v_conv1d = (
                 ShortConvolution(width, self.conv_size, self.dtype, self.param_dtype) for width in self.qkv_widths

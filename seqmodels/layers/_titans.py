@@ -206,4 +206,4 @@ class AttentionInFront(SoftmaxAttention):
         k, v = (split_heads(y, self.kv_heads) for y in (self.k_proj(x), self.v_proj(x)))
         if self.qk_norm:
             k = self.k_norm(k)
-        return (k if self.rope_base is None else rotary(k, positions, self.rope_base)), v
+        return (k if self.rope_base is None else rotary(k, positions, self.rope_base, self.turning)), v

@@ -25,9 +25,13 @@ class GLU(nn.Module):
 
     activation = staticmethod(jax.nn.sigmoid)
 
+    @property
+    def width(self) -> int:
+        return self.hidden_dim or -(-8 * self.d_model // (3 * 64)) * 64
+
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
-        hidden = self.hidden_dim or -(-8 * self.d_model // (3 * 64)) * 64
+        hidden = self.width
         dtypes = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
         gate = nn.Dense(hidden, name="gate_proj", **dtypes)(x)
         up = nn.Dense(hidden, name="up_proj", **dtypes)(x)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Activations
 
-NORMS = ("rmsnorm", "srmsnorm", "layernorm")
+NORMS = ("rmsnorm", "zero_centered_rmsnorm", "srmsnorm", "layernorm")
 
 
 def make_norm(
@@ -23,6 +23,7 @@ def make_norm(
     """A norm over the last axis, as a module called `name` in its parent.
 
     rmsnorm     x / rms(x) * scale      Zhang, Sennrich 2019, arXiv 1910.07467
+    zero_centered_rmsnorm    x / rms(x) * (1 + scale)    as in Gemma (2024, arXiv 2403.08295)
     srmsnorm    x / rms(x)              without parameters; Qin et al. 2023, arXiv 2307.14995
     layernorm   (x - mean) / std * scale + bias
     """
@@ -31,7 +32,24 @@ def make_norm(
     dtypes = {"epsilon": epsilon, "dtype": dtype, "param_dtype": param_dtype, "name": name}
     if kind == "layernorm":
         return nn.LayerNorm(**dtypes)
+    if kind == "zero_centered_rmsnorm":
+        return ZeroCenteredRMSNorm(**dtypes)
     return nn.RMSNorm(use_scale=kind == "rmsnorm", **dtypes)
+
+
+class ZeroCenteredRMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale) over the last axis, in float32 until the end. Parameter `scale`, 0 at the start."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Activations:
+        scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * (1 + scale.astype(wide.dtype))).astype(self.dtype)
 
 
 class GatedRMSNorm(nn.Module):

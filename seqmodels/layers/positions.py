@@ -6,11 +6,16 @@ from jaxtyping import Float, Int
 from seqmodels.notation import Array
 
 
-def rotary(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float = 10_000.0) -> Float[Array, "b t h k"]:
+def rotary(
+    x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float = 10_000.0, turning: int | None = None
+) -> Float[Array, "b t h k"]:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), the two halves of the channels paired.
 
-    Channel c and c + k/2 turn by position * base^(-2c/k). k must be even.
+    Channel c and c + n/2 turn by position * base^(-2c/n), of the first n = `turning` channels; the others stay as they
+    are. None is all of them. n must be even.
     """
+    if turning is not None and turning < x.shape[-1]:
+        return jnp.concatenate([rotary(x[..., :turning], positions, base), x[..., turning:]], axis=-1)
     half = x.shape[-1] // 2
     angle = positions[..., None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]

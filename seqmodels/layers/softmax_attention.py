@@ -1,5 +1,7 @@
 """Causal softmax attention with rotary positions, grouped heads, a window and sink tokens."""
 
+import jax
+
 from seqmodels.errors import InputError
 from seqmodels.layers._mixer import MixerState, Stream, merge_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
@@ -20,7 +22,12 @@ class SoftmaxAttention(QKVMixer):
                    fixed size; without one it grows with the stream
     sinks          number of first tokens that stay visible beside the window (Xiao et al. 2023, arXiv 2309.17453)
     rope_base      base of the rotary angles (Su et al. 2021, arXiv 2104.09864); None for no position encoding
-    qk_norm        RMSNorm of each head's queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
+    rope_fraction  share of a head's channels that turn, the first ones
+    qk_norm        norm of each head's queries and keys (Dehghani et al. 2023, arXiv 2302.05442), of the kind
+    norm           a name in `seqmodels.layers.norms`, with
+    norm_eps       as its epsilon
+    use_gate       multiply the outputs by sigmoid(x W) (Qiu et al. 2025, arXiv 2505.06708)
+    qkv_bias, out_bias   biases of the projections to q, k, v and the gate, and of that to y
     conv_size      as in `QKVMixer`
     """
 
@@ -29,7 +36,13 @@ class SoftmaxAttention(QKVMixer):
     window: int | None = None
     sinks: int = 0
     rope_base: float | None = 10_000.0
+    rope_fraction: float = 1.0
     qk_norm: bool = False
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    use_gate: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
 
     sees_whole = True
     op = staticmethod(softmax_attention)
@@ -50,13 +63,29 @@ class SoftmaxAttention(QKVMixer):
     def qkv_widths(self) -> tuple[int, int, int]:
         return tuple(heads * self.channels for heads in self.qkv_heads)
 
+    @property
+    def biases(self) -> tuple[bool, bool]:
+        return self.qkv_bias, self.out_bias
+
+    @property
+    def turning(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        channels = self.channels * self.rope_fraction
+        if self.rope_base is not None and (not 0 < self.rope_fraction <= 1 or channels % 2):
+            raise InputError(
+                f"SoftmaxAttention: rope_fraction = {self.rope_fraction:g} of {self.channels} channels makes "
+                f"{channels:g}; expected an even number up to {self.channels}"
+            )
+        return int(channels)
+
     def setup(self) -> None:
         self.divide(self.num_heads, self.kv_heads, "num_heads")
         super().setup()
+        if self.use_gate:
+            self.g_proj = self.dense(self.qkv_widths[0], use_bias=self.qkv_bias)
         if self.qk_norm:
-            self.q_norm, self.k_norm = (
-                make_norm("rmsnorm", dtype=self.dtype, param_dtype=self.param_dtype) for _ in range(2)
-            )
+            dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            self.q_norm, self.k_norm = (make_norm(self.norm, epsilon=self.norm_eps, **dtypes) for _ in range(2))
 
     def placed(self, x: Activations, stream: Stream, positions: Array) -> dict[str, Array]:
         """Queries, keys and values of tokens at these positions [b, t]."""
@@ -64,14 +93,15 @@ class SoftmaxAttention(QKVMixer):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base is not None:
-            q, k = (rotary(y, positions, self.rope_base) for y in (q, k))
+            q, k = (rotary(y, positions, self.rope_base, self.turning) for y in (q, k))
         return {"q": q, "k": k, "v": v}
 
     def project(self, x: Activations, stream: Stream) -> dict:
         return {**self.placed(x, stream, stream.positions), "window": self.window, "sinks": self.sinks}
 
     def readout(self, o: Array, x: Activations) -> Activations:
-        return self.o_proj(merge_heads(o))
+        o = merge_heads(o)
+        return self.o_proj(o * jax.nn.sigmoid(self.g_proj(x)) if self.use_gate else o)
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         if self.window is not None:

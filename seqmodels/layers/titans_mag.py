@@ -10,8 +10,8 @@ class TitansMAG(MemoryAndAttention):
 
         y = Attention(z)        m = M(z)        z = [P | x]
 
-    with causal attention in a sliding window, to which P stays visible; M reads P before each document. The paper leaves
-    the non-linearity open. The other fields are those of `MemoryMixer` and `MemoryAndAttention`.
+    with causal attention in a sliding window, to which P stays visible; M reads P before each document. The paper
+    leaves the non-linearity open. The other fields are those of `MemoryMixer` and `MemoryAndAttention`.
 
     window   a token sees itself, the window - 1 tokens before it, and P
     """

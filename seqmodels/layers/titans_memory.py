@@ -7,7 +7,10 @@ from seqmodels.notation import Activations, Array
 
 
 class TitansMemory(MemoryMixer):
-    """LMM: y = o_proj(o_norm(o) * silu(g_proj(x))), o what the memory answers. The fields are those of `MemoryMixer`."""
+    """LMM: y = o_proj(o_norm(o) * silu(g_proj(x))), o what the memory answers.
+
+    The fields are those of `MemoryMixer`.
+    """
 
     def setup(self) -> None:
         super().setup()

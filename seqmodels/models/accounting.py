@@ -43,6 +43,10 @@ def _count_equation(equation: core.JaxprEqn) -> float:
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+    if name == "ragged_dot_general":  # each row of the left side meets one matrix of the right
+        (contracted, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        left = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         out_channels = kernel[params["dimension_numbers"].rhs_spec[0]]

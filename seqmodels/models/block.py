@@ -14,6 +14,7 @@ from seqmodels.layers._mixer import MixerState
 from seqmodels.notation import Activations, Array, SegmentIds
 
 MixerName = str | Callable[..., Mixer] | tuple[str | Callable[..., Mixer], ...]
+Scales = tuple[float, float]
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -69,13 +70,20 @@ class Block(nn.Module):
             tuple of these runs side by side: see `ParallelMixers`
     causal  False for an encoder's block
     mlp     constructor of the feed-forward layer; None for a block without one
-    norm    name of the norm, see `seqmodels.layers.norms`
+    norm    name of the norm, see `seqmodels.layers.norms`, and
+    norm_eps   its epsilon
+    normalized_residual         add to norm(x) instead of x, as MiniMax-01 does (2025, arXiv 2501.08313)
+    mixer_scales, mlp_scales    (alpha, beta): alpha x + beta mixer(norm(x)), and the same for the mlp
     """
 
     d_model: int
     mixer: MixerName
     mlp: Callable[..., nn.Module] | None = SwiGLU
     norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    normalized_residual: bool = False
+    mixer_scales: Scales = (1.0, 1.0)
+    mlp_scales: Scales = (1.0, 1.0)
     n_layers: int = 1
     causal: bool = True
     dtype: Any = jnp.float32
@@ -103,13 +111,20 @@ class Block(nn.Module):
         self, x: Activations, state: MixerState | None, layer_index: int | Array, segment_ids: SegmentIds | None
     ) -> tuple[Activations, MixerState]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = {"epsilon": self.norm_eps, **dtypes}
         mixer = self.make_mixer(layer_index, name="mixer")
-        y, state = mixer(make_norm(self.norm, name="mixer_norm", **dtypes)(x), state, segment_ids)
-        x = x + y
+        normed = make_norm(self.norm, name="mixer_norm", **norm)(x)
+        y, state = mixer(normed, state, segment_ids)
+        x = self._add(x, normed, y, self.mixer_scales)
         if self.mlp is not None:
             mlp = self.mlp(d_model=self.d_model, name="mlp", **dtypes)
-            x = x + mlp(make_norm(self.norm, name="mlp_norm", **dtypes)(x))
+            normed = make_norm(self.norm, name="mlp_norm", **norm)(x)
+            x = self._add(x, normed, mlp(normed), self.mlp_scales)
         return x, state
+
+    def _add(self, x: Activations, normed: Activations, y: Activations, scales: Scales) -> Activations:
+        alpha, beta = scales
+        return alpha * (normed if self.normalized_residual else x) + beta * y
 
 
 class _Group(nn.Module):
@@ -136,12 +151,15 @@ class Stack(nn.Module):
     """n_layers blocks whose mixers repeat a pattern: layer i has the mixer pattern[i % len(pattern)].
 
     causal  False for an encoder: every position sees its whole document, and the states are empty
+    mixer_scales    of every block, or one pair for each place in the pattern; the other fields of blocks as in `Block`
     scan    run the rounds of the pattern by `lax.scan`: compile time and program size do not grow with the depth.
             Parameters are then stacked under `rounds`, else numbered `round_0`, `round_1`, ...
     remat   "none", or what the backward pass may keep: "full" recomputes everything in a block, "dots" keeps the
             products, "dots_with_no_batch_dims" keeps those with parameters
 
-    The state is a tuple with one entry for each place in the pattern, its arrays stacked over the rounds.
+    Where the depth is not a multiple of the pattern's length, the last round is a part of one, `remainder`.
+    The state is a tuple with one entry for each place in the pattern, its arrays stacked over the whole rounds, and one
+    for each block of the remainder.
     """
 
     d_model: int
@@ -149,6 +167,10 @@ class Stack(nn.Module):
     pattern: Sequence[MixerName]
     mlp: Callable[..., nn.Module] | None = SwiGLU
     norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    normalized_residual: bool = False
+    mixer_scales: Sequence[Scales] = ((1.0, 1.0),)
+    mlp_scales: Scales = (1.0, 1.0)
     causal: bool = True
     scan: bool = True
     remat: str = "none"
@@ -156,30 +178,46 @@ class Stack(nn.Module):
     param_dtype: Any = jnp.float32
 
     @property
-    def rounds(self) -> int:
+    def round_length(self) -> int:
+        """Blocks of a whole round; fewer than the pattern has places where the stack is not as deep."""
         if self.n_layers < 1 or self.d_model < 1:
             raise InputError(f"n_layers = {self.n_layers}, d_model = {self.d_model}; expected at least 1 of each")
-        if not self.pattern or self.n_layers % len(self.pattern):
-            raise InputError(
-                f"n_layers = {self.n_layers} is not a multiple of the pattern's length {len(self.pattern)}: "
-                f"pattern = {self.pattern}"
-            )
-        return self.n_layers // len(self.pattern)
+        if not self.pattern:
+            raise InputError("pattern is empty; expected at least one mixer")
+        return min(len(self.pattern), self.n_layers)
 
-    def _blocks(self) -> tuple[dict[str, Any], ...]:
-        shared = {
-            name: getattr(self, name)
-            for name in ("d_model", "mlp", "norm", "n_layers", "causal", "dtype", "param_dtype")
-        }
-        return tuple({"mixer": mixer, **shared} for mixer in self.pattern)
+    @property
+    def rounds(self) -> int:
+        """Whole rounds of the pattern."""
+        return self.n_layers // self.round_length
+
+    @property
+    def remainder(self) -> int:
+        """Blocks after the last whole round."""
+        return self.n_layers % self.round_length
+
+    def blocks(self) -> tuple[dict[str, Any], ...]:
+        """The fields of `Block` for each block of a round."""
+        places = len(self.pattern)
+        if len(self.mixer_scales) not in (1, places):
+            raise InputError(
+                f"mixer_scales has {len(self.mixer_scales)} pairs; expected one, or one for each of the {places} "
+                "places in the pattern"
+            )
+        names = ("d_model", "mlp", "norm", "norm_eps", "normalized_residual", "mlp_scales", "n_layers", "causal")
+        shared = {name: getattr(self, name) for name in (*names, "dtype", "param_dtype")}
+        return tuple(
+            {"mixer": mixer, "mixer_scales": tuple(self.mixer_scales[i % len(self.mixer_scales)]), **shared}
+            for i, mixer in enumerate(self.pattern[: self.round_length])
+        )
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> tuple[MixerState, ...]:
         """The state before the first token; `capacity` is the number of tokens to come, where states grow with it."""
-        states = (
+        states = tuple(
             Block(**fields, parent=None).make_mixer(0, parent=None).initial_state(batch_size, capacity)
-            for fields in self._blocks()
+            for fields in self.blocks()
         )
-        return jax.tree.map(lambda x: jnp.repeat(x[None], self.rounds, axis=0), tuple(states))
+        return jax.tree.map(lambda x: jnp.repeat(x[None], self.rounds, axis=0), states) + states[: self.remainder]
 
     @nn.compact
     def __call__(
@@ -187,20 +225,28 @@ class Stack(nn.Module):
     ) -> tuple[Activations, tuple[MixerState, ...]]:
         if self.remat != "none" and self.remat not in REMAT_POLICIES:
             raise InputError(f"remat = {self.remat!r} does not exist; {nearest(self.remat, ['none', *REMAT_POLICIES])}")
-        fields = {"blocks": self._blocks(), "remat": self.remat}
-        first = jnp.arange(self.rounds) * len(self.pattern)
+        fields = {"blocks": self.blocks(), "remat": self.remat}
+        length, rounds = self.round_length, self.rounds
+        first = jnp.arange(rounds) * length
+        before, last = (None, None) if state is None else (state[:length], state[length:])
         if self.scan:
             scanned = nn.scan(
                 _Group,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
-                length=self.rounds,
+                length=rounds,
             )
-            return scanned(**fields, name="rounds")(x, (state, first), segment_ids)
-        after = []
-        for i in range(self.rounds):
-            before = jax.tree.map(lambda leaf, i=i: leaf[i], state)
-            x, states = _Group(**fields, name=f"round_{i}")(x, (before, first[i]), segment_ids)
-            after.append(states)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
+            x, after = scanned(**fields, name="rounds")(x, (before, first), segment_ids)
+        else:
+            each = []
+            for i in range(rounds):
+                one = jax.tree.map(lambda leaf, i=i: leaf[i], before)
+                x, states = _Group(**fields, name=f"round_{i}")(x, (one, first[i]), segment_ids)
+                each.append(states)
+            after = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        if self.remainder:
+            fields["blocks"] = fields["blocks"][: self.remainder]
+            x, states = _Group(**fields, name="remainder")(x, (last, rounds * length), segment_ids)
+            after += states
+        return x, after

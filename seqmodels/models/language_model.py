@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from seqmodels.errors import InputError
 from seqmodels.layers import SwiGLU, make_norm
 from seqmodels.layers._mixer import MixerState
-from seqmodels.models.block import MixerName, Stack
+from seqmodels.models.block import MixerName, Scales, Stack
 from seqmodels.notation import Logits, SegmentIds, Tokens
 
 
@@ -18,11 +18,14 @@ class LanguageModel(nn.Module):
 
     vocab_size       number of token ids
     d_model          width
-    n_layers         depth, a multiple of the pattern's length
+    n_layers         depth
     pattern          mixers, repeated over the depth: names of the registry, or constructors; a tuple of these in the
                      place of one runs side by side in one block
     mlp              constructor of the feed-forward layers; None for none
-    norm             name of the norms, see `seqmodels.layers.norms`
+    norm, norm_eps   name of the norms, see `seqmodels.layers.norms`, and their epsilon
+    normalized_residual, mixer_scales, mlp_scales   see `seqmodels.models.block`
+    embedding_scale  factor on the embedded tokens
+    logit_cap        c tanh(logits / c) in place of the logits (Gemma 2, 2024, arXiv 2408.00118); None for no cap
     tie_embeddings   the logits are products with the embedding; otherwise with a matrix of their own, `lm_head`
     scan, remat      see `seqmodels.models.block.Stack`
     dtype            of activations; parameters are kept in `param_dtype`; logits, states and gates are float32
@@ -37,6 +40,12 @@ class LanguageModel(nn.Module):
     pattern: Sequence[MixerName] = ("gated_linear_attention",)
     mlp: Callable[..., nn.Module] | None = SwiGLU
     norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    normalized_residual: bool = False
+    mixer_scales: Sequence[Scales] = ((1.0, 1.0),)
+    mlp_scales: Scales = (1.0, 1.0)
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
     tie_embeddings: bool = True
     scan: bool = True
     remat: str = "none"
@@ -51,8 +60,10 @@ class LanguageModel(nn.Module):
             param_dtype=self.param_dtype,
             embedding_init=nn.initializers.normal(0.02),
         )
-        self.stack = Stack(**self._stack_fields())
-        self.final_norm = make_norm(self.norm, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.stack = Stack(**self.stack_fields())
+        self.final_norm = make_norm(
+            self.norm, epsilon=self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype
+        )
         if not self.tie_embeddings:
             self.lm_head = nn.Dense(
                 self.vocab_size,
@@ -62,13 +73,13 @@ class LanguageModel(nn.Module):
                 kernel_init=nn.initializers.normal(0.02),
             )
 
-    def _stack_fields(self) -> dict[str, Any]:
-        names = ("d_model", "n_layers", "pattern", "mlp", "norm", "scan", "remat", "dtype", "param_dtype")
-        return {name: getattr(self, name) for name in names}
+    def stack_fields(self) -> dict[str, Any]:
+        names = ("d_model", "n_layers", "pattern", "mlp", "norm", "norm_eps", "normalized_residual", "mixer_scales")
+        return {name: getattr(self, name) for name in (*names, "mlp_scales", "scan", "remat", "dtype", "param_dtype")}
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> tuple[MixerState, ...]:
         """The state before the first token; `capacity` is the number of tokens to come, where states grow with it."""
-        return Stack(**self._stack_fields(), parent=None).initial_state(batch_size, capacity)
+        return Stack(**self.stack_fields(), parent=None).initial_state(batch_size, capacity)
 
     def __call__(
         self,
@@ -78,7 +89,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Logits, tuple[MixerState, ...]]:
         if tokens.ndim != 2:
             raise InputError(f"LanguageModel: tokens has shape {tokens.shape}; expected [batch, time]")
-        x, state = self.stack(self.embed(tokens), state, segment_ids)
+        x, state = self.stack(self.embedding_scale * self.embed(tokens), state, segment_ids)
         x = self.final_norm(x)
-        logits = self.embed.attend(x) if self.tie_embeddings else self.lm_head(x)
-        return logits.astype(jnp.float32), state
+        logits = (self.embed.attend(x) if self.tie_embeddings else self.lm_head(x)).astype(jnp.float32)
+        if self.logit_cap is not None:
+            logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)
+        return logits, state

@@ -1,6 +1,6 @@
 """Titans' memory as context: attention within a segment, over what a neural memory recalls and the segment itself.
 
-Documents are cut into segments of L tokens, counted from their start. For token t, with a the first token of its segment,
+Documents are cut into segments of L tokens, counted from their start. For token t of a segment that starts with a,
 
     h_t = M_{W_{a-1}}(r_t)                     recall: the memory as the segment before left it, without a write  (1)
     y_t = softmax_i(scale * q_t . k_i) v_i     i over the prefix P, and over h_j and x_j with a <= j <= t         (2)

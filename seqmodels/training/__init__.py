@@ -1,7 +1,7 @@
 """Training: state, step, loss, optimizer, checkpoints, metrics, evaluation, loop. `train.py` puts them
 together."""
 
-from seqmodels.training.checkpoint import Checkpointer
+from seqmodels.training.checkpoint import Checkpointer, restore_parameters
 from seqmodels.training.evaluation import make_evaluator
 from seqmodels.training.in_flight import NonFiniteError
 from seqmodels.training.job import TrainingJob
@@ -28,6 +28,7 @@ __all__ = [
     "make_evaluator",
     "make_train_step",
     "parameter_shapes",
+    "restore_parameters",
     "say",
     "state_shapes",
     "training_loop",

@@ -28,6 +28,8 @@ class TrainingJob:
         batch_size: sequences per update, over all devices and processes.
         seq_len: tokens per sequence.
         steps: updates in the whole run; the schedule ends there.
+        start_from: a run directory; its parameters, from the newest checkpoint, are what this run starts with.
+            None starts with random ones.
         seed: of the parameters, the order of the data, and what a layer draws in training (dropout).
         accumulate: work a batch off in this many parts, to save memory; the result is the same.
         z_loss: coefficient of the squared log-normaliser; 1e-4 is usual.
@@ -48,6 +50,7 @@ class TrainingJob:
     batch_size: int = 8
     seq_len: int = 256
     steps: int = 1000
+    start_from: str | None = None
     seed: int = 0
     accumulate: int = 1
     z_loss: float = 0.0

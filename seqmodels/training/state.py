@@ -34,11 +34,17 @@ def parameter_shapes(model: nn.Module, seq_len: int) -> Any:
 
 
 def create_state(
-    model: nn.Module, transform: optax.GradientTransformation, *, seq_len: int, seed: int, mesh: Mesh
+    model: nn.Module,
+    transform: optax.GradientTransformation,
+    *,
+    seq_len: int,
+    seed: int,
+    mesh: Mesh,
+    params: Any = None,
 ) -> TrainState:
-    """A fresh state, made on the devices and already laid out on the mesh."""
+    """A fresh state, made on the devices and already laid out on the mesh; `params` instead of random ones."""
     make = jax.jit(_state_maker(model, transform, seq_len), out_shardings=replicated(mesh))
-    return make(jax.random.key(seed))
+    return make(jax.random.key(seed), params)
 
 
 def state_shapes(
@@ -52,9 +58,10 @@ def state_shapes(
 
 
 def _state_maker(model, transform, seq_len):
-    def make(key):
+    def make(key, params=None):
         init_key, step_key = jax.random.split(key)
-        params = _init_parameters(model, init_key, seq_len)
+        if params is None:
+            params = _init_parameters(model, init_key, seq_len)
         return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params), step_key)
 
     return make

@@ -57,7 +57,8 @@ def attention_by_hand(q, k, v, numbers, window):
         seen = [
             j
             for j in range(T)
-            if numbers[row, i] >= 0 and numbers[row, i] == numbers[row, j] and (not window or distance(numbers[row], i, j) < window)
+            if numbers[row, i] >= 0 and numbers[row, i] == numbers[row, j]
+            and (not window or distance(numbers[row], i, j) < window)
         ]
         if seen:
             s = np.array([q[row, i, head] @ k[row, j, head] for j in seen]) / K**0.5
@@ -85,7 +86,8 @@ def test_linear_attention(decay, normalize):
         q, k = np.abs(q), np.abs(k)
     every = np.zeros((B, T, H, K)) if g is None else g if g.ndim == 4 else np.broadcast_to(g[..., None], (B, T, H, K))
     with jax.enable_x64(True):
-        run = jax.jit(lambda *args, ids: linear_attention(*args, g, normalize=normalize, causal=False, segment_ids=ids, chunk_size=4))
+        how = {"normalize": normalize, "causal": False, "chunk_size": 4}
+        run = jax.jit(lambda *args, ids: linear_attention(*args, g, segment_ids=ids, **how))
         for layout, ids in LAYOUTS.items():
             o, state = run(q, k, v, ids=ids)
             expected = linear_by_hand(q, k, v, every, same_document(ids), K**-0.5, normalize)
@@ -97,7 +99,8 @@ def test_linear_attention(decay, normalize):
 def test_softmax_attention(window):
     q, k, v = arrays()
     with jax.enable_x64(True):
-        run = jax.jit(lambda *args, ids: softmax_attention(*args, window=window, causal=False, segment_ids=ids, chunk_size=4))
+        how = {"window": window, "causal": False, "chunk_size": 4}
+        run = jax.jit(lambda *args, ids: softmax_attention(*args, segment_ids=ids, **how))
         for layout, ids in LAYOUTS.items():
             expected = attention_by_hand(q, k, v, same_document(ids), window)
             assert_close(run(q, k, v, ids=ids)[0], expected, TOLERANCES["forms"], f"window {window}, {layout}: ")

@@ -8,6 +8,7 @@ from seqmodels.errors import InputError
 from seqmodels.layers import SGLU, GatedLinearAttention, LinearAttention
 from seqmodels.models import LanguageModel
 from seqmodels.models.accounting import flops_per_token, parameter_count
+from tests.tolerances import TOLERANCES
 
 TOKENS = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
@@ -24,8 +25,8 @@ def apply_shapes(model: LanguageModel):
     ("fields", "message"),
     [
         ({"pattern": ("gated_linear_atention",)}, "did you mean 'gated_linear_attention'"),
-        ({"n_layers": 3, "pattern": ("retention", "softmax_attention")}, "not a multiple of the pattern's length 2"),
-        ({"pattern": ()}, "not a multiple of the pattern's length 0"),
+        ({"pattern": ()}, "pattern is empty"),
+        ({"mixer_scales": ((1.0, 1.0),) * 3}, "expected one, or one for each of the 1 places"),
         ({"remat": "ful"}, "did you mean 'full'"),
         ({"norm": "rms"}, "did you mean 'rmsnorm'"),
         ({"d_model": 30, "pattern": ("retention",)}, "not divisible by 8 heads"),
@@ -89,3 +90,34 @@ def test_flops_agree_with_what_xla_counts():
     counted = compiled.cost_analysis()["flops"] / length
     # XLA also counts element-wise work, and the one chunk of this length is all there is in the loop.
     assert flops_per_token(model, length) < counted < 1.5 * flops_per_token(model, length)
+
+
+def test_a_depth_that_the_pattern_does_not_divide():
+    """Four layers in threes: a round and a block, scanned and unrolled alike, at once and token by token."""
+    model = LanguageModel(
+        vocab_size=11,
+        d_model=16,
+        n_layers=4,
+        pattern=("linear_attention", "linear_attention", "retention"),
+        mixer_scales=((1.5, 1.0), (1.0, 0.5), (1.0, 2.0)),
+        normalized_residual=True,
+        embedding_scale=3.0,
+        logit_cap=2.0,
+        norm="zero_centered_rmsnorm",
+        mlp=None,
+    )
+    tokens = jnp.arange(12).reshape(2, 6) % 11
+    variables = model.init(jax.random.key(0), tokens)
+    stack = variables["params"]["stack"]
+    assert set(stack) == {"rounds", "remainder"} and set(stack["remainder"]) == {"block_0"}
+    logits, state = model.apply(variables, tokens)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, model.initial_state(2))
+    assert float(jnp.abs(logits).max()) < 2.0
+
+    rounds = {"round_0": jax.tree.map(lambda x: x[0], stack["rounds"]), "remainder": stack["remainder"]}
+    unrolled, _ = model.clone(scan=False).apply({"params": {**variables["params"], "stack": rounds}}, tokens)
+    assert jnp.abs(unrolled - logits).max() <= TOLERANCES["model"]
+
+    first, state = model.apply(variables, tokens[:, :4], model.initial_state(2))
+    last, _ = model.apply(variables, tokens[:, 4:], state)
+    assert jnp.abs(jnp.concatenate([first, last], axis=1) - logits).max() <= TOLERANCES["model"]
