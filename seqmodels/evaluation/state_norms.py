@@ -12,15 +12,14 @@ from seqmodels.notation import Array, Tokens
 def state_norms(model: nn.Module, params: Any, tokens: Tokens) -> dict[str, Array]:
     """The norm of every part of the state after `tokens` [b, t], by path: that of the row where it is largest.
 
-    Parts that are not numbers of the mathematics, such as positions, are left out. Where the layers of a stack are
-    scanned, the layers of one kind are one part. May be jitted.
+    Parts that are integers, such as positions, are left out. Layers that are scanned are one part. May be jitted.
     """
-    _, state = model.apply({"params": params}, tokens)
-    batch = tokens.shape[0]
-    norms = {}
-    for path, x in jax.tree.leaves_with_path(state):
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            axis = x.shape.index(batch)
-            rows = jnp.moveaxis(x, axis, 0).reshape(batch, -1)
-            norms[jax.tree_util.keystr(path)] = jnp.max(jnp.linalg.norm(rows, axis=-1))
-    return norms
+
+    def of_row(row: Array) -> dict[str, Array]:
+        _, state = model.apply({"params": params}, row[None])
+        parts = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+        return {
+            path: jnp.linalg.norm(x.ravel()) for path, x in parts.items() if jnp.issubdtype(x.dtype, jnp.floating)
+        }
+
+    return jax.tree.map(jnp.max, jax.vmap(of_row)(tokens))

@@ -316,7 +316,7 @@ def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
         "two layers": Example({**deep, "momentum": None}, {"mini_batch": 4, "activation": "silu"}),
         "test-time training": Example(ttt, {"mini_batch": 5, "residual": True, "loss_scale": 0.5}),
         "a matrix, norm, residual": Example(one_layer, {"mini_batch": 4, "residual": True}),
-        "gates at 0 and 1": Example({**deep, **limits}, {"mini_batch": 4}, extreme=True),
+        "gates at 0 and 1": Example({**one_layer, **limits}, {"mini_batch": 4, "residual": True}, extreme=True),
     }
 
 
