@@ -124,7 +124,7 @@ def _scan_tiles(tile: Callable, start: Memory, tiles: Any, group: int) -> tuple[
     batch, count = jax.tree.leaves(tiles)[0].shape[:2]
     whole = count // group * group
 
-    @partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+    @partial(jax.checkpoint, prevent_cse=False)
     def chunk(memory: Memory, tiles: Any) -> tuple[Memory, Array]:
         return tile(memory, tiles) if group == 1 else jax.lax.scan(tile, memory, tiles)
 
