@@ -242,7 +242,8 @@ def _segment(
     start = Memory(*state.memory[:3])
     o, memory = in_slots(inputs, real, start, arrays["norm"], _settings(options))
     # The place in the mini-batch: segments are whole mini-batches.
-    filled = jnp.max(jnp.where(real, jnp.arange(1, q.shape[1] + 1), 0), axis=1) % options["mini_batch"]
+    filled = jnp.max(jnp.where(real, jnp.arange(1, q.shape[1] + 1, dtype=jnp.int32), 0), axis=1)
+    filled = filled % options["mini_batch"]
     place = jnp.where(real.any(axis=1), filled, state.memory.place)
     state = state._replace(memory=NeuralMemoryState(*memory, place))
     return state, jnp.stack([y, o.astype(y.dtype)], axis=2)

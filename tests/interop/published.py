@@ -1,41 +1,37 @@
 """Published models in folders: their tensors, small random ones of transformers, and what these put out."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from seqmodels.interop._files import WeightFiles
 
-# On a machine with flash-linear-attention or mamba_ssm transformers takes their kernels, which want a GPU.
-KERNEL_CHECKS = ("is_flash_linear_attention_available", "is_mamba_ssm_available", "is_mamba_2_ssm_available")
+# Where these are installed, transformers takes their kernels, which want a GPU.
+KERNELS = ("fla", "mamba_ssm", "causal_conv1d")
 
 
-def import_transformers():
-    """The library, without the kernels of others; the test is skipped where it is not installed."""
+def model_class(architecture: str) -> Any:
+    """A class of transformers, without the kernels of others; the test is skipped where it is not installed."""
     pytest.importorskip("torch", reason="needs torch: pip install -e '.[peers]'")
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[peers]'")
-    from transformers import utils
-    from transformers.utils import import_utils
-
-    for check in (*KERNEL_CHECKS, "is_causal_conv1d_available"):
-        for module in (utils, import_utils):
-            if hasattr(module, check):
-                setattr(module, check, lambda: False)
     transformers.logging.set_verbosity_error()
-    return transformers
+    # They are looked for when the file with the model is imported.
+    with mock.patch.dict(sys.modules, dict.fromkeys(KERNELS)):
+        return getattr(transformers, architecture)
 
 
 def write(folder: Path, architecture: str, *, seed: int = 0, dtype: str = "float32", **fields: Any) -> Any:
     """Save a model of that architecture with random weights, and return it."""
-    transformers = import_transformers()
+    cls = model_class(architecture)
     import torch
 
     torch.manual_seed(seed)
-    cls = getattr(transformers, architecture)
     model = cls(cls.config_class(**fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,8 +43,7 @@ def write(folder: Path, architecture: str, *, seed: int = 0, dtype: str = "float
 
 def read(folder: Path, architecture: str) -> Any:
     """The model in a folder, as transformers reads it; a missing, surplus or misshapen weight fails the test."""
-    cls = getattr(import_transformers(), architecture)
-    model, report = cls.from_pretrained(folder, output_loading_info=True)
+    model, report = model_class(architecture).from_pretrained(folder, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not report[problem], f"{problem}: {report[problem]}"
     return model.eval()

@@ -29,7 +29,6 @@ class Both(NamedTuple):
 
 @pytest.fixture(scope="module", params=PARAMETERS)
 def both(request, tmp_path_factory) -> Both:
-    published.import_transformers()
     _, architecture, fields = CASES[request.param]
     folder = tmp_path_factory.mktemp("published")
     theirs = published.write(folder, architecture, **fields)
