@@ -23,8 +23,8 @@ class TitansMAC(MemoryAndAttention):
     memory does not read P, which reaches it through y. The other fields are those of `MemoryMixer` and
     `MemoryAndAttention`.
 
-    Known to be unstable: with the quickstart's learning rate of 4e-3 the loss was not finite after 11 updates. The memory
-    reads y as it is, without a norm.
+    Known to be unstable: with the quickstart's learning rate of 4e-3 the loss was not finite after 11 updates. The
+    memory reads y as it is, without a norm.
 
     segment     L, counted from each document's start; a multiple of mini_batch
     conv_size   width of a short convolution with silu on the attention's queries, keys and values of x; None for none.

@@ -75,7 +75,7 @@ def assert_refused(ended: Ended, message: str) -> None:
         ("train.accumulate=3", "train.batch_size is 4: expected a multiple of 3"),
         ("LanguageModel.vocab_size=100", "vocab_size is 100, but the data has tokens up to 257"),
         ("GatedLinearAttention.num_heads=3", "8 is not divisible by 3 heads"),
-        ("LanguageModel.pattern=('retention', 'retention')", "n_layers = 1 is not a multiple of .* length 2"),
+        ("LanguageModel.pattern=()", "pattern is empty; expected at least one mixer"),
         ("LanguageModel.pattern=('retenton',)", "mixer 'retenton' does not exist; did you mean 'retention'"),
         ("LanguageModel.mlp=@TextData", "mlp = @TextData: expected .*Module.*, got a constructor"),
         ("LanguageModel.remat='dot'", "remat = 'dot' does not exist; did you mean 'dots'"),
