@@ -16,15 +16,12 @@ class TitansMAC(MemoryAndAttention):
 
         h = M'(x)               the memory as the segment before left it, without a write
         y = Attention([P | h | x])
-        m = M(y)                after writing y, token by token
+        m = M(norm(y))          after writing norm(y), token by token
 
     `memory_as_context` has the equations. Causal: where the paper's figure lets a segment see all its h, a token sees
     those of the tokens up to it, for h answers to x. P and h stand in front of the segment, all at one position. The
     memory does not read P, which reaches it through y. The other fields are those of `MemoryMixer` and
     `MemoryAndAttention`.
-
-    Known to be unstable: with the quickstart's learning rate of 4e-3 the loss was not finite after 11 updates. The
-    memory reads y as it is, without a norm.
 
     segment     L, counted from each document's start; a multiple of mini_batch
     conv_size   width of a short convolution with silu on the attention's queries, keys and values of x; None for none.
@@ -70,7 +67,7 @@ class TitansMAC(MemoryAndAttention):
 
     def written_of(self, y: Array) -> dict[str, Array]:
         """What the memory reads, from the attention's outputs by head."""
-        y = self.attention.o_proj(merge_heads(y))
+        y = self.y_norm(self.attention.o_proj(merge_heads(y)))
         return self.gated_inputs(y, *(self._activated(proj(y)) for proj in (self.q_proj, self.k_proj, self.v_proj)))
 
     def readout(self, o: Array, x: Activations) -> Activations:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from seqmodels.notation import Array
 from seqmodels.ops._chunks import (
+    DEFAULT_CHUNK,
     Chunk,
     Inputs,
     chunk,
@@ -42,6 +43,8 @@ from seqmodels.ops._chunks import (
 from seqmodels.ops._scan import Documents
 
 EPSILON = 1e-6
+# Where every key has as many channels, reading and writing the state costs more than the pairs of a longer chunk.
+WIDE_KEYS, CHUNK_OF_WIDE_KEYS = 512, 128
 
 
 def chunked(
@@ -62,7 +65,8 @@ def chunked(
     With decay per channel `chunk_size` is rounded up to a power of two.
     """
     length = q.shape[1]
-    size = chunk_length(chunk_size, length, power_of_two=g is not None and g.ndim == 4)
+    default = CHUNK_OF_WIDE_KEYS if q.shape[-1] >= WIDE_KEYS else DEFAULT_CHUNK
+    size = chunk_length(chunk_size, length, power_of_two=g is not None and g.ndim == 4, default=default)
     o, S, z = _run(cut_inputs(q, k, v, g, docs, size), S, z, scale)
     return joined(o, length, docs), S, z
 

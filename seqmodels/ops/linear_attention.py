@@ -86,7 +86,8 @@ def linear_attention(
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
     causal: False lets every position see its whole document, each token once: equation (4). The state is ().
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
-    chunk_size: positions per chunk; None is 64. With decay per channel it is rounded up to a power of two.
+    chunk_size: positions per chunk; None is 64, and 128 where keys have 512 channels or more. With decay per channel
+        it is rounded up to a power of two.
 
     Raises InputError where shapes disagree.
     """

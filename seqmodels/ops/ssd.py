@@ -53,7 +53,7 @@ def ssd(
     segment_ids: [b, t] document numbers; the state is forgotten where they change, 0 is padding.
     causal: False adds the outputs of the reversed span, each document reversed in its place. The state is ().
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
-    chunk_size: positions per chunk; None is 64.
+    chunk_size: positions per chunk; None is as in `linear_attention`.
 
     Raises InputError where shapes disagree.
     """

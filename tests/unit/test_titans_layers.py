@@ -153,7 +153,7 @@ def memory_as_context(p, x, layer):
         keys += [h_k, turned(k[t], 1 + place)]
         values += [h_v, v[t]]
         y = attention(turned(q[t], 1 + place), keys, values) @ p["attention/o_proj/kernel"]
-        m = read_all(p, y[None], memory, conv=None)[0]
+        m = read_all(p, normed(p, "y_norm", y)[None], memory, conv=None)[0]
         outputs.append(gated(p, y, m))
     return np.stack(outputs)
 
