@@ -104,6 +104,11 @@ class Mixer(nn.Module):
     Called with x [b, t, d_model], the state that an earlier call returned (None: a new stream), and segment_ids [b, t]
     (None: one document; 0 is padding). Returns y [b, t, d_model] and the state after the span. A document that goes on
     in the next span keeps its id; a new id starts afresh.
+
+    With context [b, s, d_model] it is a layer of cross-attention, where its operator has one (`cross`): queries are
+    those of x, keys and values those of the context, and every token sees the whole context, or with
+    context_segment_ids [b, s] what of it has its own id; `seqmodels.ops.cross_attention` has the rules. The state then
+    holds what was read of the context and stands in for it in the calls that follow.
     """
 
     d_model: int
@@ -117,11 +122,19 @@ class Mixer(nn.Module):
     causal: bool = True
 
     sees_whole: ClassVar[bool] = False
+    cross: ClassVar[Callable[..., tuple[Array, Any]] | None] = None
     op: ClassVar[Callable[..., tuple[Array, Any]]]
 
     def project(self, x: Activations, stream: Stream) -> dict[str, Any]:
         """The operator's keyword arguments."""
         raise NotImplementedError
+
+    def project_across(self, x: Activations, stream: Stream) -> dict[str, Any]:
+        """The arguments of `cross`, of which q is used for x, k and v for the context."""
+        return self.project(x, stream)
+
+    def check_across(self) -> None:
+        """Raise InputError for a field that cross-attention has no use for."""
 
     def readout(self, o: Array, x: Activations) -> Activations:
         """y from the operator's outputs."""
@@ -141,11 +154,18 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def __call__(
-        self, x: Activations, state: MixerState | None = None, segment_ids: SegmentIds | None = None
+        self,
+        x: Activations,
+        state: MixerState | None = None,
+        segment_ids: SegmentIds | None = None,
+        context: Activations | None = None,
+        context_segment_ids: SegmentIds | None = None,
     ) -> tuple[Activations, MixerState]:
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise InputError(f"{type(self).__name__}: x has shape {x.shape}; expected [batch, time, {self.d_model}]")
         x = x.astype(self.dtype)
+        if context is not None or (state and "context" in state):
+            return self._read_context(x, state, segment_ids, context, context_segment_ids)
         if self.causal:
             stream = Stream(state, segment_ids, *x.shape[:2])
             return self.mix(x, stream), stream.end()
@@ -156,6 +176,37 @@ class Mixer(nn.Module):
         backwards = None if segment_ids is None else jnp.flip(segment_ids, axis=1)
         y = self.mix(x, Stream(None, segment_ids, *x.shape[:2]))
         return y + jnp.flip(self.mix(jnp.flip(x, axis=1), Stream(None, backwards, *x.shape[:2])), axis=1), {}
+
+    def _read_context(
+        self,
+        x: Activations,
+        state: MixerState | None,
+        segment_ids: SegmentIds | None,
+        context: Activations | None,
+        context_segment_ids: SegmentIds | None,
+    ) -> tuple[Activations, MixerState]:
+        """Cross-attention. Neither side is a stream: a query's weights do not depend on its place."""
+        name = type(self).__name__
+        if self.cross is None:
+            raise InputError(
+                f"{name}: has no cross-attention, its weights depend on what lies between two tokens; expected no "
+                "context, or a layer of linear attention without decay (LinearAttention, Based) or SoftmaxAttention"
+            )
+        self.check_across()
+        arguments = self.project_across(x, Stream(None, None, *x.shape[:2]))
+        if context is None:
+            del arguments["k"], arguments["v"]
+            arguments["memory"] = state["context"]
+        else:
+            if state:
+                raise InputError(f"{name}: a context and a state are given; expected a context in the first call alone")
+            if context.ndim != 3 or (context.shape[0], context.shape[2]) != (x.shape[0], self.d_model):
+                expected = f"[{x.shape[0]}, context, {self.d_model}]"
+                raise InputError(f"{name}: context has shape {context.shape}; expected {expected}")
+            written = self.project_across(context.astype(self.dtype), Stream(None, None, *context.shape[:2]))
+            arguments |= {"k": written["k"], "v": written["v"], "context_segment_ids": context_segment_ids}
+        o, memory = type(self).cross(**arguments, segment_ids=segment_ids)
+        return self.readout(o, x), {"context": memory}
 
     def dense(self, features: int, *, use_bias: bool = False) -> nn.Dense:
         """A projection in this layer's dtypes."""

@@ -1,5 +1,6 @@
 """What mixers of queries, keys and values share: the projections, and short convolutions after them."""
 
+from seqmodels.errors import InputError
 from seqmodels.layers._mixer import Mixer, MixerState, ShortConvolution, Stream, split_heads, start_cursor
 from seqmodels.notation import Activations, Keys, Queries, Values
 from seqmodels.ops.short_conv import zero_inputs
@@ -45,6 +46,13 @@ class QKVMixer(Mixer):
         if self.conv_size:
             q, k, v = self.q_conv1d(q, stream), self.k_conv1d(k, stream), self.v_conv1d(v, stream)
         return tuple(map(split_heads, (q, k, v), self.qkv_heads))
+
+    def check_across(self) -> None:
+        if self.conv_size:
+            raise InputError(
+                f"{type(self).__name__}: conv_size = {self.conv_size} with a context; expected None, cross-attention "
+                "has no short convolutions"
+            )
 
     def state_around(self, memory: object, batch_size: int) -> MixerState:
         """The state before the first token, with `memory` as the operator's part."""

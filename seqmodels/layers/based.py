@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from seqmodels.layers._mixer import MixerState, Stream, merge_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
 from seqmodels.notation import Activations, Array
+from seqmodels.ops.cross_attention import linear_cross_attention
 from seqmodels.ops.feature_maps import taylor
 from seqmodels.ops.linear_attention import linear_attention, zero_state
 
@@ -23,6 +24,7 @@ class Based(QKVMixer):
     feature_dim: int = 16
 
     sees_whole = True
+    cross = staticmethod(linear_cross_attention)
     op = staticmethod(linear_attention)
 
     @property

@@ -9,6 +9,7 @@ from seqmodels.layers._linear_mixer import LinearMixer
 from seqmodels.layers._mixer import Stream, merge_heads
 from seqmodels.layers.norms import make_norm
 from seqmodels.notation import Activations, Array, Keys
+from seqmodels.ops.cross_attention import linear_cross_attention
 from seqmodels.ops.feature_maps import LEARNED, feature_map
 
 
@@ -26,6 +27,7 @@ class LinearAttention(LinearMixer):
     output_norm: bool = False
 
     sees_whole = True
+    cross = staticmethod(linear_cross_attention)
 
     @property
     def state_features(self) -> int:

@@ -1,6 +1,7 @@
 """Causal softmax attention with rotary positions, grouped heads, a window and sink tokens."""
 
 import jax
+import jax.numpy as jnp
 
 from seqmodels.errors import InputError
 from seqmodels.layers._mixer import MixerState, Stream, merge_heads
@@ -8,6 +9,7 @@ from seqmodels.layers._qkv_mixer import QKVMixer
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.notation import Activations, Array
+from seqmodels.ops.cross_attention import softmax_cross_attention
 from seqmodels.ops.softmax_attention import empty_cache, softmax_attention
 
 
@@ -46,6 +48,7 @@ class SoftmaxAttention(QKVMixer):
 
     sees_whole = True
     op = staticmethod(softmax_attention)
+    cross = staticmethod(softmax_cross_attention)
 
     @property
     def kv_heads(self) -> int:
@@ -98,6 +101,15 @@ class SoftmaxAttention(QKVMixer):
 
     def project(self, x: Activations, stream: Stream) -> dict:
         return {**self.placed(x, stream, stream.positions), "window": self.window, "sinks": self.sinks}
+
+    def project_across(self, x: Activations, stream: Stream) -> dict:
+        """Places in two sequences do not compare: all tokens stand at place 0, where rotary positions turn nothing."""
+        return self.placed(x, stream, jnp.zeros_like(stream.positions))
+
+    def check_across(self) -> None:
+        super().check_across()
+        if self.window is not None:
+            raise InputError(f"SoftmaxAttention: window = {self.window} with a context; expected None")
 
     def readout(self, o: Array, x: Activations) -> Activations:
         o = merge_heads(o)
