@@ -76,6 +76,9 @@ class Stream:
         """
         state = self._before.get(name)
         if fresh is not None and state is not None:
+            found, expected = jax.tree.structure(state), jax.tree.structure(fresh)
+            if found != expected:
+                raise InputError(f"state[{name!r}] has the structure {found}; expected {expected}")
             state = _scan.where_row(self._cursor.position == 0, fresh, state)
         o, self._after[name] = op(*args, initial_state=state, segment_ids=self.documents, **self._how, **options)
         return o
@@ -167,8 +170,15 @@ class Mixer(nn.Module):
         if context is not None or (state and "context" in state):
             return self._read_context(x, state, segment_ids, context, context_segment_ids)
         if self.causal:
+            self._check_batch(state, x.shape[0])
             stream = Stream(state, segment_ids, *x.shape[:2])
-            return self.mix(x, stream), stream.end()
+            y, after = self.mix(x, stream), stream.end()
+            if state and set(state) != set(after):
+                raise InputError(
+                    f"{type(self).__name__}: state has {sorted(state)}; expected {sorted(after)}, what an earlier call "
+                    "returned or `initial_state`"
+                )
+            return y, after
         if state:
             raise InputError(f"{type(self).__name__}: causal=False has no state to go on from; expected state=None")
         if self.sees_whole:
@@ -176,6 +186,11 @@ class Mixer(nn.Module):
         backwards = None if segment_ids is None else jnp.flip(segment_ids, axis=1)
         y = self.mix(x, Stream(None, segment_ids, *x.shape[:2]))
         return y + jnp.flip(self.mix(jnp.flip(x, axis=1), Stream(None, backwards, *x.shape[:2])), axis=1), {}
+
+    def _check_batch(self, state: MixerState | None, batch: int) -> None:
+        rows = state["cursor"].position.shape if state and "cursor" in state else (batch,)
+        if rows != (batch,):
+            raise InputError(f"{type(self).__name__}: state has {rows[0]} rows; expected {batch} as x has")
 
     def _read_context(
         self,

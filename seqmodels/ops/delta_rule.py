@@ -38,7 +38,7 @@ from seqmodels.notation import (
     WriteStrength,
 )
 from seqmodels.ops import _dispatch, _scan
-from seqmodels.ops._arguments import check_qkv
+from seqmodels.ops._arguments import check_log_decay, check_qkv
 from seqmodels.ops._delta_rule_chunked import chunked
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
@@ -71,7 +71,7 @@ def delta_rule(
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training).
     chunk_size: positions per chunk, rounded up to a power of two; None is 32.
 
-    Raises InputError where shapes disagree.
+    Raises InputError where shapes disagree, and outside of jit for decays above 0.
     """
     _check(q, k, v, beta, g)
     return _dispatch.run(
@@ -100,6 +100,7 @@ def _check(q: Array, k: Array, v: Array, beta: Array, g: Array | None) -> None:
     channel = (*scalar, q.shape[3])
     if g is not None and g.shape not in (scalar, channel):
         raise InputError(f"delta_rule: g has shape {g.shape}; expected {scalar} or {channel}")
+    check_log_decay("delta_rule", g)
 
 
 def _initial_state(arrays: Inputs, options: Options) -> MatrixState:

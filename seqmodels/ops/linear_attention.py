@@ -46,7 +46,7 @@ from seqmodels.notation import (
     Values,
 )
 from seqmodels.ops import _dispatch, _scan
-from seqmodels.ops._arguments import check_qkv
+from seqmodels.ops._arguments import check_log_decay, check_qkv
 from seqmodels.ops._linear_attention_chunked import EPSILON, chunked
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
@@ -89,7 +89,7 @@ def linear_attention(
     chunk_size: positions per chunk; None is 64, and 128 where keys have 512 channels or more. With decay per channel
         it is rounded up to a power of two.
 
-    Raises InputError where shapes disagree.
+    Raises InputError where shapes disagree, and outside of jit for decays above 0.
     """
     _check(q, k, v, g)
     batch, length, _, key_dim = q.shape
@@ -122,6 +122,7 @@ def _check(q: Array, k: Array, v: Array, g: Array | None) -> None:
     decays = ((heads,), (*q.shape[:2], heads), (*q.shape[:2], heads, q.shape[3]))
     if g is not None and g.shape not in decays:
         raise InputError(f"linear_attention: g has shape {g.shape}; expected one of {', '.join(map(str, decays))}")
+    check_log_decay("linear_attention", g)
 
 
 def _initial_state(arrays: Inputs, options: Options) -> LinearState:

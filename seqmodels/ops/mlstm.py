@@ -34,7 +34,7 @@ from jaxtyping import Float
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, Keys, MatrixState, Normaliser, Queries, ScalarDecay, SegmentIds, Values
 from seqmodels.ops import _dispatch, _linear_attention_chunked, _scan
-from seqmodels.ops._arguments import check_qkv
+from seqmodels.ops._arguments import check_log_decay, check_qkv
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
@@ -76,7 +76,7 @@ def mlstm(
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
     chunk_size: positions per chunk; None is that of `linear_attention`.
 
-    Raises InputError where shapes disagree.
+    Raises InputError where shapes disagree, and outside of jit for decays above 0.
     """
     _check(q, k, v, g, i)
     g, i = (x.astype(_scan.state_dtype(x)) for x in (g, i))
@@ -104,6 +104,7 @@ def _check(q: Array, k: Array, v: Array, g: Array, i: Array) -> None:
     for name, x in (("g", g), ("i", i)):
         if x.shape != v.shape[:3]:
             raise InputError(f"mlstm: {name} has shape {x.shape}; expected {v.shape[:3]}, a number per head of v")
+    check_log_decay("mlstm", g)
 
 
 def _initial_state(arrays: Inputs, options: Options) -> MLSTMState:

@@ -43,6 +43,7 @@ from jaxtyping import Float, Int
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
 from seqmodels.ops import _dispatch, _scan, _tiles
+from seqmodels.ops._arguments import check_values
 from seqmodels.ops._memory_network import ACTIVATIONS, Linear, Norm, Weights, loss, read
 from seqmodels.ops._neural_memory_chunked import Memory, MiniBatch, in_order, in_tiles
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
@@ -108,7 +109,8 @@ def neural_memory(
     chunk_size: tokens between states that are kept for the backward pass, rounded up to whole mini-batches; None is
         one mini-batch.
 
-    Raises InputError where shapes disagree or an option does not exist.
+    Raises InputError where shapes disagree or an option does not exist, and outside of jit for theta below 0 and for
+    alpha or eta outside of [0, 1].
     """
     _check(q, k, v, {"theta": theta, "alpha": alpha, "eta": eta, "reach": reach})
     _check_network(k, v, weights, momentum, eta, norm, residual)
@@ -183,6 +185,9 @@ def _check(q: Array, k: Array, v: Array, gates: Inputs) -> None:
     for name, x in gates.items():
         if x is not None and x.shape != q.shape[:3]:
             raise InputError(f"neural_memory: {name} has shape {x.shape}; expected {q.shape[:3]}, a number per head")
+    check_values("neural_memory", "theta", gates["theta"], "step sizes, >= 0", low=0)
+    for name in ("alpha", "eta"):
+        check_values("neural_memory", name, gates[name], "gates from 0 to 1", low=0, high=1)
 
 
 def _check_network(

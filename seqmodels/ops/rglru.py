@@ -23,6 +23,7 @@ from jaxtyping import Float
 from seqmodels.errors import InputError
 from seqmodels.notation import Activations, Array, SegmentIds
 from seqmodels.ops import _dispatch, _scan
+from seqmodels.ops._arguments import check_log_decay
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._rglru_chunked import chunked, input_factor
 from seqmodels.ops._scan import Documents
@@ -50,12 +51,13 @@ def rglru(
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training).
     chunk_size: positions per chunk; None is 64.
 
-    Raises InputError where shapes disagree.
+    Raises InputError where shapes disagree, and outside of jit for decays above 0.
     """
     if x.ndim != 3:
         raise InputError(f"rglru: x has shape {x.shape}; expected [batch, time, channels]")
     if g.shape != x.shape:
         raise InputError(f"rglru: g has shape {g.shape}; expected {x.shape} as x has")
+    check_log_decay("rglru", g)
     return _dispatch.run(
         RGLRU,
         {"x": x, "g": g.astype(_scan.state_dtype(g))},

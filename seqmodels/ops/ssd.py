@@ -25,6 +25,7 @@ from jaxtyping import Float
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, MatrixState, SegmentIds
 from seqmodels.ops import _dispatch, _scan
+from seqmodels.ops._arguments import check_values
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION, LinearSummary, zero_state
@@ -55,7 +56,7 @@ def ssd(
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
     chunk_size: positions per chunk; None is as in `linear_attention`.
 
-    Raises InputError where shapes disagree.
+    Raises InputError where shapes disagree, and outside of jit for dt below 0 or A above 0.
     """
     _check(x, dt, A, B, C, D)
     dt, A = (y.astype(_scan.state_dtype(y)) for y in (dt, A))
@@ -88,6 +89,8 @@ def _check(x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array | None) -
         raise InputError(f"ssd: C has shape {C.shape}; expected {B.shape} as B has")
     if D is not None and D.shape not in ((heads,), (heads, x.shape[3])):
         raise InputError(f"ssd: D has shape {D.shape}; expected {(heads,)} or {(heads, x.shape[3])}")
+    check_values("ssd", "dt", dt, "step sizes, >= 0", low=0)
+    check_values("ssd", "A", A, "rates of decay, <= 0", high=0)
 
 
 def _initial_state(arrays: Inputs, options: Options) -> Array:

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, ChannelDecay, Keys, MatrixState, Queries, SegmentIds, Values
 from seqmodels.ops import _dispatch, _scan
-from seqmodels.ops._arguments import check_qkv
+from seqmodels.ops._arguments import check_log_decay, check_qkv
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION, zero_state
@@ -61,7 +61,7 @@ def wkv6(
     form: "recurrent" (`lax.scan` of the definition), "chunked" (training), "parallel" (quadratic).
     chunk_size: positions per chunk; None is 64. It is rounded up to a power of two.
 
-    Raises InputError where shapes disagree.
+    Raises InputError where shapes disagree, and outside of jit for decays above 0.
     """
     _check(q, k, v, g, u)
     return _dispatch.run(
@@ -85,6 +85,7 @@ def _check(q: Array, k: Array, v: Array, g: Array, u: Array) -> None:
         raise InputError(f"wkv6: g has shape {g.shape}; expected {q.shape} as q has")
     if u.shape != q.shape[2:]:
         raise InputError(f"wkv6: u has shape {u.shape}; expected {q.shape[2:]}, heads and key channels of q")
+    check_log_decay("wkv6", g)
 
 
 def _initial_state(arrays: Inputs, options: Options) -> Array:
