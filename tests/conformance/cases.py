@@ -186,9 +186,10 @@ class Case:
         """Outputs, final state, and gradients of a sum of both, weighted by random numbers times the weights.
 
         output_weights: [b, t]; state_weights: [b]. A weight of 0 takes its position, or row, out of the sum.
-        Gradients are by path: "[0]['q']" is an array's, "[1]..." the initial state's.
+        Gradients are by path: "[0]['q']" is an array's, "[1]..." the initial state's. All are NumPy arrays, of which
+        parts are taken without a compilation for each shape.
         """
-        return self.differentiated(variant)(span, output_weights, state_weights)
+        return jax.device_get(self.differentiated(variant)(span, output_weights, state_weights))
 
 
 def cotangents(floats: Floats, weights: jax.Array) -> Floats:
