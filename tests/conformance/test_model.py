@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from seqmodels.models import LanguageModel
-from seqmodels.registry import MIXERS
 from tests.conformance.compare import assert_close
+from tests.mixers import every_mixer
 from tests.tolerances import TOLERANCES
 
 LENGTH, PREFILL = 12, 9
@@ -43,9 +43,7 @@ def unrolled(variables):
     return {"params": {**variables["params"], "stack": rounds}}
 
 
-@pytest.mark.parametrize(
-    "mixer", [pytest.param(name, marks=pytest.mark.xdist_group(f"model of {name}")) for name in MIXERS]
-)
+@pytest.mark.parametrize("mixer", every_mixer("model"))
 def test_scan_and_recomputation_change_nothing(mixer):
     variables = variables_of(mixer)
     expected = differentiated(make(mixer), variables)
@@ -58,9 +56,7 @@ def test_scan_and_recomputation_change_nothing(mixer):
         assert_close(found[part], value, TOLERANCES["model"], f"{mixer}, unrolled: {part}")
 
 
-@pytest.mark.parametrize(
-    "mixer", [pytest.param(name, marks=pytest.mark.xdist_group(f"model of {name}")) for name in MIXERS]
-)
+@pytest.mark.parametrize("mixer", every_mixer("model"))
 def test_prefill_and_decode_equal_the_whole(mixer):
     model, variables = make(mixer), variables_of(mixer)
     apply = jax.jit(model.apply)

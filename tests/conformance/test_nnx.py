@@ -6,9 +6,10 @@ import optax
 import pytest
 from flax import nnx
 
+from seqmodels import registry
 from seqmodels.layers import Mixer
-from seqmodels.registry import MIXERS
 from tests.conformance.compare import assert_equal
+from tests.mixers import every_mixer
 
 X = jax.random.normal(jax.random.key(0), (2, 10, 16))
 
@@ -17,9 +18,9 @@ def bridged(layer: Mixer) -> nnx.bridge.ToNNX:
     return nnx.jit(lambda: nnx.bridge.lazy_init(nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0)), X))()
 
 
-@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+@pytest.mark.parametrize("mixer", every_mixer("nnx"))
 def test_same_outputs_and_state_as_linen(mixer):
-    layer = mixer.layer(d_model=16)
+    layer = registry.mixer(mixer)(d_model=16)
     model = bridged(layer)
     assert not jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))), (
         "a mutable collection"
@@ -31,9 +32,9 @@ def test_same_outputs_and_state_as_linen(mixer):
         assert_equal(through(model, span, state), apply(variables, span, state), "through the bridge: ")
 
 
-@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+@pytest.mark.parametrize("mixer", every_mixer("nnx"))
 def test_it_learns(mixer):
-    model = bridged(mixer.layer(d_model=16))
+    model = bridged(registry.mixer(mixer)(d_model=16))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     target = jnp.roll(X, 1, axis=1)
 
