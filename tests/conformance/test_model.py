@@ -7,21 +7,28 @@ import jax.numpy as jnp
 import pytest
 
 from seqmodels.models import LanguageModel
+from seqmodels.models.block import MixerName
 from tests.conformance.compare import assert_close
 from tests.mixers import every_mixer
 from tests.tolerances import TOLERANCES
 
 LENGTH, PREFILL = 12, 9
+# Two mixers in one block. The decay of lightning attention depends on the depth, which a scan over layers traces.
+SIDE_BY_SIDE = ("softmax_attention", "lightning_attention")
+MIXERS = [
+    *every_mixer("model"),
+    pytest.param(SIDE_BY_SIDE, id="side by side", marks=pytest.mark.xdist_group("model side by side")),
+]
 TOKENS = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, 11)
 SEGMENT_IDS = jnp.array([[1] * 5 + [2] * 7, [0] * 2 + [3] * 8 + [0] * 2])
 
 
-def make(mixer: str, **fields) -> LanguageModel:
+def make(mixer: MixerName, **fields) -> LanguageModel:
     return LanguageModel(vocab_size=11, d_model=16, n_layers=2, pattern=(mixer,), mlp=None, **fields)
 
 
 @functools.cache
-def variables_of(mixer: str):
+def variables_of(mixer: MixerName):
     return jax.jit(make(mixer).init)(jax.random.key(0), TOKENS[:, :1])
 
 
@@ -43,7 +50,7 @@ def unrolled(variables):
     return {"params": {**variables["params"], "stack": rounds}}
 
 
-@pytest.mark.parametrize("mixer", every_mixer("model"))
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_scan_and_recomputation_change_nothing(mixer):
     variables = variables_of(mixer)
     expected = differentiated(make(mixer), variables)
@@ -56,7 +63,7 @@ def test_scan_and_recomputation_change_nothing(mixer):
         assert_close(found[part], value, TOLERANCES["model"], f"{mixer}, unrolled: {part}")
 
 
-@pytest.mark.parametrize("mixer", every_mixer("model"))
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_prefill_and_decode_equal_the_whole(mixer):
     model, variables = make(mixer), variables_of(mixer)
     apply = jax.jit(model.apply)
