@@ -39,3 +39,11 @@ def float64():
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Run a program in this process: `here(program, *arguments)`."""
+    from tests.program.programs import run_here
+
+    return lambda program, *arguments: run_here(program, list(arguments), monkeypatch, capsys)

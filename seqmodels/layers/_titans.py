@@ -14,7 +14,7 @@ from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 from seqmodels.notation import Activations, Array, Keys, Queries, Values
-from seqmodels.ops._kv_cache import KVCache, empty_cache
+from seqmodels.ops._kv_cache import empty_cache
 from seqmodels.ops._memory_network import Norm, Weights
 from seqmodels.ops.neural_memory import fresh_start, fresh_state, neural_memory
 from seqmodels.ops.softmax_attention import softmax_attention
@@ -178,13 +178,26 @@ class MemoryAndAttention(MemoryMixer):
         super().setup()
         self.y_norm, self.m_norm = self.rms_norm(), self.rms_norm()
 
-    def window_cache(self, batch_size: int, window: int) -> KVCache:
-        """The attention's cache before the first token."""
-        return empty_cache(batch_size, window, self.num_heads, self.head_dim, self.head_dim, self.dtype)
-
     def gated(self, y: Activations, m: Activations) -> Activations:
         """o_proj(y (x) m). The paper: both normalised with learned weights, a non-linearity, and the product."""
         return self.o_proj(jax.nn.silu(self.y_norm(y)) * jax.nn.silu(self.m_norm(m)))
+
+
+class MemoryAndWindow(MemoryAndAttention):
+    """Base class of those whose attention has a sliding window.
+
+    window   a token sees itself, the window - 1 tokens before it, and P
+    """
+
+    window: int = 64
+
+    def setup(self) -> None:
+        super().setup()
+        self.attention = self.attention_with(window=self.window)
+
+    def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
+        cache = empty_cache(batch_size, self.window, self.num_heads, self.head_dim, self.head_dim, self.dtype)
+        return {**super().initial_state(batch_size), "attention": cache}
 
 
 class AttentionInFront(SoftmaxAttention):

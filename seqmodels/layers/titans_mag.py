@@ -1,31 +1,21 @@
 """Titans with memory as a gate, MAG (Behrouz, Zhong, Mirrokni 2024, arXiv 2501.00663)."""
 
-from seqmodels.layers._mixer import MixerState, Stream, merge_heads
-from seqmodels.layers._titans import MemoryAndAttention
+from seqmodels.layers._mixer import Stream, merge_heads
+from seqmodels.layers._titans import MemoryAndWindow
 from seqmodels.notation import Activations
 
 
-class TitansMAG(MemoryAndAttention):
+class TitansMAG(MemoryAndWindow):
     """o = o_proj(silu(norm(y)) * silu(norm(m))): memory and attention read the same tokens, side by side.
 
         y = Attention(z)        m = M(z)        z = [P | x]
 
     with causal attention in a sliding window, to which P stays visible; M reads P before each document. The paper
-    leaves the non-linearity open. The other fields are those of `MemoryMixer` and `MemoryAndAttention`.
-
-    window   a token sees itself, the window - 1 tokens before it, and P
+    leaves the non-linearity open. The other fields are those of `MemoryMixer`, `MemoryAndAttention` and
+    `MemoryAndWindow`.
     """
-
-    window: int = 64
-
-    def setup(self) -> None:
-        super().setup()
-        self.attention = self.attention_with(window=self.window)
 
     def mix(self, x: Activations, stream: Stream) -> Activations:
         y = self.attention.attend(x, stream, self.in_front())
         m = merge_heads(self.operate(stream, **self.project(x, stream)))
         return self.gated(y, m)
-
-    def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
-        return {**super().initial_state(batch_size), "attention": self.window_cache(batch_size, self.window)}

@@ -1,31 +1,20 @@
 """Titans with memory as a layer, MAL (Behrouz, Zhong, Mirrokni 2024, arXiv 2501.00663)."""
 
-from seqmodels.layers._mixer import MixerState, Stream, merge_heads
-from seqmodels.layers._titans import MemoryAndAttention
+from seqmodels.layers._mixer import Stream, merge_heads
+from seqmodels.layers._titans import MemoryAndWindow
 from seqmodels.notation import Activations
 
 
-class TitansMAL(MemoryAndAttention):
+class TitansMAL(MemoryAndWindow):
     """Attention(norm(M(z))), z = [P | x]: attention reads what the memory answers, at P too.
 
     Causal attention in a sliding window, to which the answers at P stay visible; M reads P before each document. The
-    norm is one of those that the paper's formulas leave out. The other fields are those of `MemoryMixer` and
-    `MemoryAndAttention`.
-
-    window   a token sees itself, the window - 1 tokens before it, and P
+    norm is one of those that the paper's formulas leave out. The other fields are those of `MemoryMixer`,
+    `MemoryAndAttention` and `MemoryAndWindow`.
     """
-
-    window: int = 64
-
-    def setup(self) -> None:
-        super().setup()
-        self.attention = self.attention_with(window=self.window)
 
     def mix(self, x: Activations, stream: Stream) -> Activations:
         front, weights, momentum = self.after_persistent()
         m = self.operate(stream, **self.continued(x, stream, weights, momentum))
         front, m = (None if y is None else self.m_norm(merge_heads(y)) for y in (front, m))
         return self.attention.attend(m, stream, front)
-
-    def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
-        return {**super().initial_state(batch_size), "attention": self.window_cache(batch_size, self.window)}

@@ -39,12 +39,12 @@ def _count(jaxpr: core.Jaxpr) -> float:
 
 def _count_equation(equation: core.JaxprEqn) -> float:
     name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-    if name == "ragged_dot_general":  # each row of the left side meets one matrix of the right
-        (contracted, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    if name in ("dot_general", "ragged_dot_general"):
+        if name == "dot_general":
+            numbers = params["dimension_numbers"]
+        else:  # each row of the left side meets one matrix of the right
+            numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        (contracted, _), _ = numbers
         left = equation.invars[0].aval.shape
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
     if name == "conv_general_dilated":

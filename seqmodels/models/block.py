@@ -55,12 +55,9 @@ class ParallelMixers(nn.Module):
 
 def _names(mixers: Sequence[str | Callable[..., Mixer]]) -> list[str]:
     """The mixers' names; those of several mixers of one name are numbered from the second on."""
-    names = []
-    for mixer in mixers:
-        name = mixer if isinstance(mixer, str) else getattr(mixer, "__name__", "mixer")
-        count = sum(1 for other in mixers[: len(names)] if other == mixer)
-        names.append(f"{name}_{count + 1}" if count else name)
-    return names
+    names = [mixer if isinstance(mixer, str) else getattr(mixer, "__name__", "mixer") for mixer in mixers]
+    before = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name}_{count + 1}" if count else name for name, count in zip(names, before)]
 
 
 class Block(nn.Module):

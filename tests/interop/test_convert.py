@@ -13,15 +13,9 @@ from seqmodels.tools import convert, generate
 from seqmodels.training.checkpoint import restore_parameters
 from tests.interop import published
 from tests.interop.test_files import config_of
-from tests.program.programs import contents, load_train_program, run_here, write_texts
+from tests.program.programs import contents, load_train_program, write_texts
 
 pytestmark = pytest.mark.xdist_group("programs")
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """Run a program in this process: `here(program, *arguments)`."""
-    return lambda program, *arguments: run_here(program, list(arguments), monkeypatch, capsys)
 
 
 @pytest.fixture

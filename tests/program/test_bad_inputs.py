@@ -21,19 +21,12 @@ from tests.program.programs import (
     contents,
     damage,
     run_command,
-    run_here,
     train_command,
     write_config,
     write_texts,
 )
 
 pytestmark = pytest.mark.xdist_group("programs")
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """Run a program in this process: `here(program, *arguments)`."""
-    return lambda program, *arguments: run_here(program, list(arguments), monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Mixers side by side in one block, against the mixers alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,13 @@ def test_several_of_one_name_are_numbered():
     variables = jax.eval_shape(model_of(("rglru", "rglru")).init, jax.random.key(0), TOKENS)
     mixers = variables["params"]["stack"]["rounds"]["block_0"]["mixer"]
     assert set(mixers) == {"rglru", "rglru_norm", "rglru_2", "rglru_2_norm"}
+
+
+def test_constructors_of_one_name_are_numbered_too():
+    few, many = (functools.partial(SoftmaxAttention, num_heads=heads) for heads in (2, 4))
+    variables = jax.eval_shape(model_of((few, many)).init, jax.random.key(0), TOKENS)
+    mixers = variables["params"]["stack"]["rounds"]["block_0"]["mixer"]
+    assert set(mixers) == {"mixer", "mixer_norm", "mixer_2", "mixer_2_norm"}
 
 
 def test_a_state_of_other_mixers_is_named():
