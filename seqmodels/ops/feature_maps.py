@@ -7,6 +7,7 @@
     softmax    softmax over the channels                                d                   1812.01243
     taylor     [1, x / d^(1/4), x_i^2 / sqrt(2 d), x_i x_j / sqrt(d)]   1 + d + d (d+1)/2   2402.18668
     dpfp       r * roll(r, 1), r = [relu(x), relu(-x)]                  2 d                 2102.11174
+    dpfp2      [r * roll(r, 1), r * roll(r, 2)]; dpfp3 one more         4 d; 6 d            2102.11174
     hedgehog   [softmax(W x), softmax(-W x)]                            2 d                 2402.04347
 
 (Katharopoulos et al. 2020; Shen et al. 2018; Arora et al. 2024; Schlag et al. 2021; Zhang et al. 2024.)
@@ -19,6 +20,7 @@ The maps in LEARNED act on a learned projection W x, one for the queries and one
 layer makes: the functions here take W x.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -41,10 +43,10 @@ def taylor(x: Array) -> Array:
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x / d**0.25, squares, *products], axis=-1)
 
 
-def dpfp(x: Array) -> Array:
-    """Deterministic parameter-free projection with nu = 1."""
+def dpfp(x: Array, nu: int = 1) -> Array:
+    """Deterministic parameter-free projection: `nu` products of each channel of r with those before it."""
     r = jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
-    return r * jnp.roll(r, 1, axis=-1)
+    return jnp.concatenate([r * jnp.roll(r, i, axis=-1) for i in range(1, nu + 1)], axis=-1)
 
 
 def hedgehog(x: Array) -> Array:
@@ -60,6 +62,8 @@ FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
     "softmax": jax.nn.softmax,
     "taylor": taylor,
     "dpfp": dpfp,
+    "dpfp2": functools.partial(dpfp, nu=2),
+    "dpfp3": functools.partial(dpfp, nu=3),
     "hedgehog": hedgehog,
 }
 LEARNED = frozenset({"hedgehog"})

@@ -13,13 +13,14 @@ from seqmodels.tools.benchmark.cases import Workload, inputs
 from seqmodels.tools.benchmark.peers import PEERS, Peer
 from tests.operators import assert_close
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]
 SIZES = {"batch": 2, "length": 128, "heads": 2, "key_dim": 16, "value_dim": 16}
 
 
 def peers_of(library: str) -> list[tuple[Peer, str]]:
-    """The functions of a library that the benchmark names, each with its cases."""
-    return [(peer, case) for peer in PEERS for case in peer.cases if peer.name.split()[0] == library]
+    """The functions of a library that the benchmark names as computing the same, each with its cases."""
+    of_library = [peer for peer in PEERS if peer.name.split()[0] == library and peer.differs is None]
+    return [(peer, case) for peer in of_library for case in peer.cases]
 
 
 def named(pairs: list[tuple[Peer, str]]) -> list[str]:
@@ -41,7 +42,7 @@ def assert_peer_agrees(peer: Peer, case: str, *, grads: bool = True) -> None:
 def assert_agree(ours: Callable, theirs: Callable, arrays: Arrays, *, framework: str = "torch", grads: bool = True):
     """Outputs, however many, and the gradient of every array that theirs depends on.
 
-    ours takes jax's arrays by name, theirs those of its framework; both return an array or a tuple of them.
+    ours takes jax's arrays, or trees of them, by name, theirs those of its framework; both return an array or a tuple.
     """
     run = partial(_torch, theirs) if framework == "torch" else partial(_jax, theirs)
     shapes = jax.tree.leaves(jax.eval_shape(lambda x: ours(**x), arrays))
@@ -60,7 +61,7 @@ def _jax(function: Callable, arrays: Arrays, cotangents: list[np.ndarray] | None
         if cotangents is None:
             return jax.tree.leaves(function(**arrays)), {}
         outputs, pull_back = jax.vjp(lambda x: jax.tree.leaves(function(**x)), arrays)
-        return outputs, pull_back(cotangents)[0]
+        return outputs, _by_path(pull_back(cotangents)[0])
 
     return jax.jit(both)(jax.tree.map(jnp.asarray, arrays), cotangents)
 
@@ -69,16 +70,21 @@ def _torch(function: Callable, arrays: Arrays, cotangents: list[np.ndarray] | No
     import torch
 
     torch.set_num_threads(1)  # more of them wait for one another in loops over tokens
-    tensors = {name: torch.from_numpy(x).requires_grad_(cotangents is not None) for name, x in arrays.items()}
+    tensors = jax.tree.map(lambda x: torch.from_numpy(x).requires_grad_(cotangents is not None), arrays)
     outputs = function(**tensors)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     values = [x.detach().numpy() for x in outputs]
     if cotangents is None:
         return values, {}
+    by_path = _by_path(tensors)
     grads = torch.autograd.grad(
-        outputs, list(tensors.values()), [torch.from_numpy(x) for x in cotangents], allow_unused=True
+        outputs, list(by_path.values()), [torch.from_numpy(x) for x in cotangents], allow_unused=True
     )
-    return values, {name: None if x is None else x.numpy() for name, x in zip(tensors, grads)}
+    return values, {name: None if x is None else x.numpy() for name, x in zip(by_path, grads)}
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def with_state(op: str, case: str, shape: tuple[int, ...]) -> tuple[Arrays, dict[str, Any]]:

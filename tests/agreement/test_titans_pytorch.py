@@ -10,6 +10,9 @@ import pytest
 
 from seqmodels.ops._memory_network import Linear
 from seqmodels.ops.neural_memory import neural_memory
+from seqmodels.tools.benchmark.cases import Workload, inputs
+from seqmodels.tools.benchmark.peers import peers
+from tests.agreement.side_by_side import SIZES, assert_agree
 from tests.operators import assert_close
 
 torch = pytest.importorskip("torch", reason="titans-pytorch needs torch")
@@ -57,3 +60,12 @@ def test_neural_memory(float64, depth):
             gate = torch.sigmoid(module.retrieve_gate[0](read)).numpy()
             merged = torch.from_numpy(np.array(o) * gate[..., None]).flatten(2)
             assert_close(module.combine_heads(merged).numpy(), expected.numpy())
+
+
+def test_the_peer_of_the_benchmark():
+    """With a mini-batch of one token it computes what ours does, and so it is handed the right arrays."""
+    (peer,) = peers("neural_memory", "matrix")
+    given = inputs(Workload("neural_memory", "matrix", **SIZES))
+    larger_steps = {"theta": given.arrays["theta"] * 8}
+    given = given._replace(options={"mini_batch": 1}, arrays=given.arrays | larger_steps)
+    assert_agree(lambda **arrays: neural_memory(**arrays, mini_batch=1)[0], peer.load(given), given.arrays)

@@ -115,7 +115,7 @@ class Case:
 
     def is_asked(self, law: str) -> bool:
         """Extreme cases are held to agreement and finiteness, not to accuracy; law 11 is for them alone."""
-        return {"precision": not self.is_extreme, "extremes": self.is_extreme}.get(law, True)
+        return {"precision": not self.is_extreme, "extremes": self.is_extreme, "both sides": False}.get(law, True)
 
     def arrays(self, dtype: np.dtype, length: int, seed: int) -> Inputs:
         raise NotImplementedError
@@ -327,6 +327,19 @@ class LayerCase(Case):
         return layer.apply(arrays["variables"], x, state, segment_ids)
 
 
+class EncoderCase(LayerCase):
+    """A layer that sees both sides of a token. It has no state."""
+
+    def __init__(self, name: str, entry: Entry):
+        super().__init__(name, entry, {"causal": False})
+
+    def is_asked(self, law: str) -> bool:
+        return law in ("forms", "documents", "padding", "both sides", "precision", "jit")
+
+    def fresh(self, arrays: Inputs, capacity: int = TOKENS_BEFORE + LENGTH) -> State:
+        return {}
+
+
 def op_cases(ops: Mapping[str, SeqOp]) -> list[OpCase]:
     """Every operator on each of its examples. A plain run tries all laws on the last ordinary one, by custom the
     richest, and on the others the law that they are there for."""
@@ -343,11 +356,12 @@ def op_cases(ops: Mapping[str, SeqOp]) -> list[OpCase]:
 
 
 def layer_cases(mixers: Mapping[str, Entry]) -> list[LayerCase]:
-    """Every layer as it is by default, and with its optional parts."""
+    """Every layer as it is by default, with its optional parts, and as an encoder's."""
     found = []
     for name, entry in mixers.items():
         found.append(LayerCase(name, entry, {}))
         fields = {field: value for field, value in OPTIONAL_FIELDS.items() if hasattr(entry.layer, field)}
         if fields:
             found.append(LayerCase(name, entry, fields))
+        found.append(EncoderCase(name, entry))
     return found

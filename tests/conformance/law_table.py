@@ -50,9 +50,9 @@ PASS = "pass"
 
 COMMAND = 'pytest tests/conformance -m "slow or not slow" --law_table docs/laws.md'
 LEGEND = """\
-`pass 5`: kept on five cases, all there are. `pass 2 of 5`: the other three were not run. `gap (1)`: the operator says,
-for the reason below, that it cannot keep the law, and a test has found that it does not. `-`: not asked of any case.
-What the laws say is in tests/conformance/laws.py."""
+`pass 5`: kept on five cases, all that it is asked of. `pass 2 of 5`: the other three were not run. `gap (1)`: the
+operator says, for the reason below, that it cannot keep the law, and a test has found that it does not. `-`: not asked
+of any case. What the laws say is in tests/conformance/laws.py."""
 OPERATORS = """\
 ## Operators
 
@@ -60,7 +60,8 @@ Cases are an operator's examples. Every form is held against the recurrent one i
 MIXERS = """\
 ## Mixers
 
-Cases are the layer as it is by default and, where it has some, with optional parts, in float32. That the other forms of
+Cases are the layer as it is by default, where it has some with optional parts, and without causality, as an encoder's,
+in float32. That the other forms of
 its operator agree is in the table above."""
 
 

@@ -19,6 +19,7 @@ from tests.conformance.cases import (
     FLOAT32,
     RECURRENT,
     Case,
+    EncoderCase,
     LayerCase,
     OpCase,
     Outcome,
@@ -179,6 +180,23 @@ def check_causality(case: Case) -> None:
                 o = case.outcome(variant, packed._replace(arrays=changed), every, no_state).o
                 what = f"{case}, {variant}: outputs up to {t}, with other inputs after it"
                 assert_equal(o[:, : t + 1], reference.o[:, : t + 1], what)
+
+
+def check_both_sides(case: EncoderCase) -> None:
+    """Without causality an output depends on the tokens beside it in its document, and on no other document's."""
+    span = case.span(case.exact)._replace(segment_ids=PACKED)
+    every, no_state = weights(LENGTH)[0], np.zeros(len(PACKED))
+    for variant in (RECURRENT, *case.variants):
+        for t in range(LENGTH):
+            only_t = np.where(np.arange(LENGTH) == t, every, 0)
+            by_x = np.abs(case.outcome(variant, span, only_t, no_state).gradient["[0]['x']"]).max(axis=-1)
+            for document in documents(PACKED):
+                if t in document.places:
+                    seen = set(np.flatnonzero(by_x[document.row]))
+                    beside = {t - 1, t + 1} & set(document.places)
+                    name = f"{case}, {variant}: output {t} of row {document.row} depends on {sorted(seen)}; expected "
+                    assert seen <= set(document.places), f"{name}none but {document.places}"
+                    assert seen >= beside, f"{name}{sorted(beside)} among them"
 
 
 def check_documents(case: Case) -> None:
@@ -383,6 +401,7 @@ LAYER_LAWS: dict[str, Callable[[LayerCase], None]] = {
     "forms": check_forms,
     "split": check_split,
     "causality": check_causality,
+    "both sides": check_both_sides,
     "documents": check_documents,
     "padding": check_padding,
     "state": check_state,

@@ -80,6 +80,16 @@ def test_what_computes_something_else_gets_no_ratio():
     assert "not installed: no" in text
 
 
+def test_what_is_known_to_compute_something_else_is_timed_and_said():
+    programs = [
+        (Subject(), workload("softmax_attention", "causal")),
+        (Subject("jax.nn.dot_product_attention", differs="it is a test"), workload("softmax_attention", "causal")),
+    ]
+    group = Group(False, False, compare(programs, Protocol(backward=False, repeats=1), values=True))
+    assert group.rows[1].difference is None and ratio(group.rows[1], group) > 0
+    assert "jax.nn.dot_product_attention computes something else: it is a test" in table(group)
+
+
 def test_another_chunk_size_is_not_an_opponent():
     rows = [row(), row(Subject(chunk_size=32), seconds=(0.5,)), row(Subject(form="recurrent"), seconds=(4.0,))]
     assert conclusion(Group(False, False, rows)) == [
@@ -100,6 +110,17 @@ def test_lengths_keep_the_tokens_of_a_batch():
         assert {work.tokens for _, work in each.programs} == {32768}
 
 
+def test_several_operators_in_one_run():
+    def pairs(*arguments):
+        planned = program._plan(program._parser().parse_args(list(arguments)))
+        return list(dict.fromkeys((work.op, work.case) for each in planned for _, work in each.programs))
+
+    assert pairs("forms", "--op", "all") == ALL_CASES
+    assert pairs("peers", "--op", "all") == [pair for pair in ALL_CASES if peer_table.peers(*pair)]
+    two = pairs("forms", "--op", "delta_rule", "linear_attention", "--case", "none", "head")
+    assert two == [("delta_rule", "none"), ("linear_attention", "none"), ("linear_attention", "head")]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -111,6 +132,7 @@ def test_lengths_keep_the_tokens_of_a_batch():
         (["forms", "--repeats", "0"], "--repeats is 0"),
         (["forms", "--batch", "0"], "--batch is 0"),
         (["lengths", "--lengths", "1000"], "does not divide 32768 tokens"),
+        (["peers", "--op", "ssd", "short_conv", "--case", "one_group", "width_4"], "--case width_4 of ssd, short_conv"),
         (["peers", "--op", "short_conv"], "--op short_conv has no peer"),
         (["peers", "--op", "short_conv", "--case", "width_4"], "--case width_4 of short_conv has no peer"),
         (["forms", "--json", "/no/such/folder/file.json"], "--json /no/such/folder/file.json cannot be written"),

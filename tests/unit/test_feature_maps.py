@@ -13,7 +13,7 @@ from tests.tolerances import TOLERANCES
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((2, 21, 16)).astype(np.float32)
-FEATURES = {"taylor": 1 + 5 + 15, "dpfp": 10, "hedgehog": 10}
+FEATURES = {"taylor": 1 + 5 + 15, "dpfp": 10, "dpfp2": 20, "dpfp3": 30, "hedgehog": 10}
 
 
 @pytest.mark.parametrize("name", FEATURE_MAPS)
@@ -41,6 +41,9 @@ def test_hedgehog_does_not_overflow():
 def test_maps_of_one_number():
     np.testing.assert_array_equal(elu_plus_one(jnp.array([2.0, 0.0])), [3, 1])
     np.testing.assert_array_equal(dpfp(jnp.array([2.0, -3.0])), [6, 0, 0, 0])
+    # r = [2, 3, 5, 7, 0, 0, 0, 0], times r moved on by one, by two, by three.
+    expected = [[0, 6, 15, 35, 0, 0, 0, 0], [0, 0, 10, 21, 0, 0, 0, 0], [0, 0, 0, 14, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(dpfp(jnp.array([2.0, 3.0, 5.0, 7.0]), nu=3).reshape(3, 8), expected)
 
 
 def softmax(x):

@@ -33,7 +33,8 @@ columns:
   ratio       time for as many tokens, over that of the first line
   peak MiB    growth of resident memory during a call, inputs apart (Linux)
   XLA MiB     what XLA plans to use beside inputs and outputs
-  difference  from the first line: the largest of max |a - b| / max |b| over outputs and gradients
+  difference  from the first line: the largest of max |a - b| / max |b| over outputs and gradients; - for a peer
+              that computes something else, which a line below says
 
 A program that is predicted to take over --limit CPU seconds for one call, from runs at a sixteenth and a quarter of
 the length, is skipped (not in the view lengths), and so is a peer whose library is not installed. Both are lines in
@@ -51,8 +52,8 @@ VIEWS = {
     "peers": (
         "ours against functions of other libraries",
         "Peers are named where they are called, in seqmodels/tools/benchmark/peers.py: fla (flash-linear-attention\n"
-        "with triton 3.6.0, so that it imports without a GPU), transformers, mlstm_kernels, recurrentgemma, torch and\n"
-        "jax. tests/agreement says how to install them.",
+        "with triton 3.6.0, so that it imports without a GPU), transformers, mlstm_kernels, recurrentgemma,\n"
+        "titans-pytorch, ejkernel, torch and jax. tests/agreement says how to install them.",
     ),
 }
 
@@ -101,8 +102,10 @@ def _parser() -> argparse.ArgumentParser:
         over_lengths = view == "lengths"
         sub = views.add_parser(view, help=summary, description=more, epilog=COLUMNS, formatter_class=raw)
         lengths = {"forms": [8192], "lengths": [1024 << i for i in range(6)], "peers": [2048, 8192]}[view]
-        sub.add_argument("--op", default="linear_attention", help="operator (default: %(default)s)")
-        sub.add_argument("--case", nargs="+", metavar="CASE", help=f"{_known_cases()}; default: all of the operator's")
+        sub.add_argument(
+            "--op", nargs="+", default=["linear_attention"], help="operators, or all (default: linear_attention)"
+        )
+        sub.add_argument("--case", nargs="+", metavar="CASE", help=f"{_known_cases()}; default: all of the operators'")
         sub.add_argument("--form", default="chunked", help="form of ours (default: %(default)s)")
         sub.add_argument("--chunk_size", nargs="+", type=int, metavar="C", help="measure these chunk sizes")
         sub.add_argument("--lengths", nargs="+", type=int, default=lengths, metavar="T", help=f"default: {lengths}")
@@ -146,19 +149,9 @@ def _plan(arguments: argparse.Namespace) -> list[_Planned]:
         raise InputError(f"--lengths has {min(arguments.lengths)}; expected at least 1")
     if arguments.chunk_size and min(arguments.chunk_size) < 1:
         raise InputError(f"--chunk_size has {min(arguments.chunk_size)}; expected at least 1")
-    op = arguments.op
-    if op not in CASES:
-        raise InputError(f"--op {op} has no inputs to measure it with; {nearest(op, CASES)}")
-    cases = arguments.case or [case for case in CASES[op] if arguments.view != "peers" or peers(op, case)]
-    for case in cases:
-        if case not in CASES[op]:
-            raise InputError(f"--case {case} is not a case of {op}; {nearest(case, CASES[op])}")
-        if arguments.view == "peers" and not peers(op, case):
-            known = sorted({case for peer in PEERS if peer.op == op for case in peer.cases})
-            raise InputError(f"--case {case} of {op} has no peer; with peers: {', '.join(known) or 'none'}")
-    if not cases:
-        raise InputError(f"--op {op} has no peer; with peers: {', '.join(sorted({peer.op for peer in PEERS}))}")
-    _check_form(op, arguments.form)
+    pairs = _pairs(arguments)
+    for op in dict.fromkeys(op for op, _ in pairs):
+        _check_form(op, arguments.form)
     protocols = [
         Protocol(backward, arguments.threads, arguments.repeats, arguments.limit)
         for backward in ([False, True] if arguments.backward else [False])
@@ -166,27 +159,51 @@ def _plan(arguments: argparse.Namespace) -> list[_Planned]:
     ours = [Subject(None, arguments.form, size) for size in arguments.chunk_size or [None]]
     return [
         _Planned(programs, protocol, arguments.view == "lengths")
-        for case in cases
-        for programs in _programs(arguments, case, ours)
+        for op, case in pairs
+        for programs in _programs(arguments, op, case, ours)
         for protocol in protocols
     ]
 
 
+def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Operators, each with its cases to measure."""
+    ops = list(CASES) if arguments.op == ["all"] else arguments.op
+    for op in ops:
+        if op not in CASES:
+            raise InputError(f"--op {op} has no inputs to measure it with; {nearest(op, [*CASES, 'all'])}")
+    found = [(op, case) for op in ops for case in CASES[op]]
+    for case in arguments.case or []:
+        if case not in (known := dict.fromkeys(case for _, case in found)):
+            raise InputError(f"--case {case} is not a case of {', '.join(ops)}; {nearest(case, known)}")
+    found = [(op, case) for op, case in found if not arguments.case or case in arguments.case]
+    if arguments.view != "peers":
+        return found
+    with_peers = [pair for pair in found if peers(*pair)]
+    for case in arguments.case or []:
+        if case not in dict.fromkeys(case for _, case in with_peers):
+            known = sorted({case for peer in PEERS if peer.op in ops for case in peer.cases})
+            raise InputError(f"--case {case} of {', '.join(ops)} has no peer; with peers: {', '.join(known) or 'none'}")
+    if not with_peers:
+        known = sorted({peer.op for peer in PEERS})
+        raise InputError(f"--op {' '.join(ops)} has no peer; with peers: {', '.join(known)}")
+    return with_peers
+
+
 def _programs(
-    arguments: argparse.Namespace, case: str, ours: list[Subject]
+    arguments: argparse.Namespace, op: str, case: str, ours: list[Subject]
 ) -> Iterator[list[tuple[Subject, Workload]]]:
     """The programs of each table of one case."""
-    workloads = [_workload(arguments, case, length) for length in arguments.lengths]
+    workloads = [_workload(arguments, op, case, length) for length in arguments.lengths]
     if arguments.view == "lengths":
         yield from ([(subject, workload) for workload in workloads] for subject in ours)
         return
     others = [Subject(None, "recurrent")]
     if arguments.view == "peers":
-        others = [Subject(peer.name) for peer in peers(arguments.op, case)]
+        others = [Subject(peer.name, differs=peer.differs) for peer in peers(op, case)]
     yield from ([(subject, workload) for subject in (*ours, *others)] for workload in workloads)
 
 
-def _workload(arguments: argparse.Namespace, case: str, length: int) -> Workload:
+def _workload(arguments: argparse.Namespace, op: str, case: str, length: int) -> Workload:
     tokens = arguments.tokens
     if tokens is None and arguments.batch is None and arguments.view == "lengths":
         tokens = 32768
@@ -194,7 +211,7 @@ def _workload(arguments: argparse.Namespace, case: str, length: int) -> Workload
         raise InputError(f"--lengths has {length}, which does not divide {tokens} tokens per batch (--tokens)")
     batch = arguments.batch or (1 if tokens is None else tokens // length)
     dims = (arguments.heads, arguments.key_dim, arguments.value_dim)
-    return Workload(arguments.op, case, batch, length, *dims, arguments.dtype)
+    return Workload(op, case, batch, length, *dims, arguments.dtype)
 
 
 def _check_form(op: str, form: str) -> None:

@@ -96,10 +96,10 @@ def compare(
         running: list[tuple[Row, _Worker]] = []
         for subject, workload in programs:
             progress(f"{subject.name}, T={workload.length}: compile and first run")
-            limit = protocol.limit if values else None
-            task = Task(subject, workload, protocol.backward, protocol.threads, limit, values)
-            worker = workers.enter_context(_Worker(task))
             row = Row(subject, workload, protocol.threads)
+            limit, same = protocol.limit if values else None, values and subject.differs is None
+            task = Task(subject, workload, protocol.backward, protocol.threads, limit, same)
+            worker = workers.enter_context(_Worker(task))
             rows.append(row)
             answer = worker.ready()
             if isinstance(answer, Skipped):
@@ -108,7 +108,7 @@ def compare(
             row.ready = answer._replace(values={})
             if values and reference is None:
                 reference = answer.values
-            if values:
+            if same:
                 row.difference = difference(answer.values, reference)
             running.append((row, worker))
         for repeat in range(protocol.repeats):

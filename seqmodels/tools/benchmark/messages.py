@@ -9,11 +9,15 @@ from seqmodels.tools.benchmark.cases import Workload
 
 
 class Subject(NamedTuple):
-    """Whose program is measured: a peer's, by name, or with None ours in a form and with a chunk size."""
+    """Whose program is measured: a peer's, by name, or with None ours in a form and with a chunk size.
+
+    differs: in what a peer computes something else than ours; None where it computes the same.
+    """
 
     peer: str | None = None
     form: str = "chunked"
     chunk_size: int | None = None
+    differs: str | None = None
 
     @property
     def name(self) -> str:

@@ -10,8 +10,9 @@ from seqmodels.tools.benchmark.cases import Inputs
 class Peer(NamedTuple):
     """A function of another library, for some cases of one of our operators.
 
-    framework: "torch" or "jax": whose arrays it takes
-    load:      (inputs) -> a function of the arrays by name that returns the output in our layout; imports the library
+    framework  "torch" or "jax": whose arrays it takes
+    load       (inputs) -> a function of the arrays by name that returns the output in our layout; imports the library
+    differs    in what it computes something else, at about the cost: its values are then not compared with ours
     """
 
     op: str
@@ -19,6 +20,7 @@ class Peer(NamedTuple):
     name: str
     framework: str
     load: Callable[[Inputs], Callable[..., Any]]
+    differs: str | None = None
 
 
 def peers(op: str, case: str) -> list[Peer]:
@@ -185,6 +187,82 @@ def _repeated_query(inputs: Inputs) -> Callable[..., Any]:
     return run
 
 
+def _associative_scan(inputs: Inputs) -> Callable[..., Any]:
+    """Softmax over the prefix as a tree of (maximum, normaliser, weighted sum), differentiated by JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    def combine(a: tuple, b: tuple) -> tuple:
+        m = jnp.maximum(a[0], b[0])
+        left, right = jnp.exp(a[0] - m), jnp.exp(b[0] - m)
+        return m, a[1] * left + b[1] * right, a[2] * left[..., None] + b[2] * right[..., None]
+
+    def run(k: Any, v: Any, query: Any) -> Any:
+        scores = jnp.einsum("bthd,hd->bth", k, query) / query.shape[-1] ** 0.5
+        _, u, w = jax.lax.associative_scan(combine, (scores, jnp.ones_like(scores), v), axis=1)
+        return w / u[..., None]
+
+    return run
+
+
+def _titans_memory(inputs: Inputs) -> Callable[..., Any]:
+    """The memory of the module alone: keys, values, queries and gates are handed through it, projections left out."""
+    import torch
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    heads, dim = inputs.arrays["q"].shape[2:]
+    layers, mini_batch = inputs.arrays["weights"], inputs.options["mini_batch"]
+    module = NeuralMemory(
+        dim=heads * dim,
+        heads=heads,
+        dim_head=dim,
+        chunk_size=mini_batch,
+        batch_size=mini_batch,
+        model=MemoryMLP(dim, len(layers), expansion_factor=layers[0].A.shape[-1] / dim),
+        mem_model_norm_add_residual=False,
+        pre_rmsnorm=False,
+        adaptive_step_transform=lambda theta: theta,
+    )
+
+    class Part(torch.nn.Module):
+        """Some of the channels that come in."""
+
+        def __init__(self, start: int, width: int):
+            super().__init__()
+            self.channels = slice(start, start + width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[..., self.channels]
+
+    n, names = heads * dim, module.memory_model_parameter_names
+    module.to_queries, module.to_keys, module.to_values = (Part(i * n, n) for i in range(3))
+    for i, gate in enumerate((module.to_adaptive_step, module.to_decay_factor, module.to_momentum)):
+        gate[0] = Part(3 * n + i * heads, heads)
+    module.retrieve_gate, module.combine_heads = None, torch.nn.Identity()
+
+    def run(q, k, v, theta, alpha, eta, weights) -> torch.Tensor:
+        module.init_weights = lambda batch: {
+            name: layer.A.expand(batch, *layer.A.shape).flatten(0, 1) for name, layer in zip(names, weights)
+        }
+        # The module's loss is the mean over channels, and it takes forgetting and momentum as arguments of a sigmoid.
+        parts = [*(x.flatten(2) for x in (q, k, v)), theta * dim, torch.logit(alpha), torch.logit(eta)]
+        return module(torch.cat(parts, dim=-1))[0].unflatten(-1, (heads, dim))
+
+    return run
+
+
+def _fla_ttt_linear(inputs: Inputs) -> Callable[..., Any]:
+    from fla.ops.ttt.naive import chunk_ttt_linear_ref
+
+    def run(q, k, v, theta, reach, weights, norm) -> Any:
+        (layer,), rate = weights, (theta * reach)[..., None]
+        start = {"initial_state": layer.A[None], "initial_state_bias": layer.c[None, :, None]}
+        # It scales the queries in place.
+        return chunk_ttt_linear_ref(q.clone(), k, v, *norm, rate, scale=1.0, mini_batch_size=16, **start)[0]
+
+    return run
+
+
 def _recurrentgemma_scan(inputs: Inputs) -> Callable[..., Any]:
     """The scan that the library takes on a CPU, and the factor of its inputs as its layer works it out.
 
@@ -274,9 +352,26 @@ PEERS: tuple[Peer, ...] = (
     Peer("softmax_attention", ("causal",), "torch scaled_dot_product_attention", "torch", _torch_attention),
     Peer("softmax_attention", ("causal", "window"), "jax.nn.dot_product_attention", "jax", _jax_attention),
     Peer("aaren", ("learned_query",), "torch scaled_dot_product_attention", "torch", _repeated_query),
+    Peer("aaren", ("learned_query",), "jax.lax.associative_scan", "jax", _associative_scan),
     Peer("rglru", ("griffin",), "recurrentgemma linear_scan", "jax", _recurrentgemma_scan),
     Peer("rglru", ("griffin",), "transformers RecurrentGemmaRglru", "torch", _transformers_rglru),
     Peer("mlstm", ("gated",), "transformers mlstm_chunkwise", "torch", _transformers_mlstm),
     Peer("mlstm", ("gated",), "mlstm_kernels native_autograd", "torch", _native_mlstm),
     Peer("mlstm", ("gated",), "mlstm_kernels native_custbw", "torch", _native_mlstm_own_backward),
+    Peer(
+        "neural_memory",
+        ("matrix", "mlp"),
+        "titans-pytorch NeuralMemory",
+        "torch",
+        _titans_memory,
+        "momentum and forgetting act once a mini-batch, and a token reads what the mini-batch before it left",
+    ),
+    Peer(
+        "neural_memory",
+        ("ttt_linear",),
+        "fla chunk_ttt_linear_ref",
+        "torch",
+        _fla_ttt_linear,
+        "the step is that of the token that reads, and queries are not added to what is read",
+    ),
 )

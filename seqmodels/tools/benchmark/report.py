@@ -66,7 +66,9 @@ def table(group: Group) -> str:
     for line in lines:
         cells = line[1:] if line not in full else [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:])]
         text.append("  ".join(["", f"{line[0]:<{first_width}}", *cells]))
-    return "\n".join([*text, *(f"  {line}" for line in conclusion(group))])
+    subjects = [row.subject for row in group.rows]
+    notes = [f"{each.name} computes something else: {each.differs}" for each in subjects if each.differs]
+    return "\n".join([*text, *(f"  {line}" for line in (*notes, *conclusion(group)))])
 
 
 def _cells(row: Row, group: Group) -> tuple[str, ...]:

@@ -149,7 +149,7 @@ def _jax_program(function: Callable[..., Any], given: Inputs, task: Task) -> Pro
     def both(arrays: dict[str, jax.Array], cotangent: jax.Array) -> dict[str, jax.Array]:
         o, pull_back = jax.vjp(lambda arrays: function(**arrays), arrays)
         gradients = jax.tree.leaves_with_path(pull_back(cotangent)[0])
-        return {"o": o, **{f"d{path[0].key}{jax.tree_util.keystr(path[1:])}": x for path, x in gradients}}
+        return {"o": o, **{f"d{_named(path)}": x for path, x in gradients}}
 
     start = time.process_time()
     compiled = jax.jit(both if task.backward else forward).lower(arrays, cotangent).compile()
@@ -168,13 +168,18 @@ def _jax_program(function: Callable[..., Any], given: Inputs, task: Task) -> Pro
 
 def _torch_program(function: Callable[..., Any], given: Inputs, task: Task) -> Program:
     import torch
+    from jax import tree
 
     torch.set_num_threads(task.threads)
 
     def put(name: str, x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x).to(torch.float32 if name == "g" else getattr(torch, task.workload.dtype))
 
-    arrays = {name: put(name, x).requires_grad_(task.backward) for name, x in given.arrays.items()}
+    def trained(name: str, x: np.ndarray) -> torch.Tensor:
+        return put(name, x).requires_grad_(task.backward)
+
+    arrays = {name: tree.map(partial(trained, name), x) for name, x in given.arrays.items()}
+    leaves = {_named(path): x for path, x in tree.leaves_with_path(arrays)}
     cotangent = put("o", given.cotangent)
 
     def forward() -> dict[str, torch.Tensor]:
@@ -183,10 +188,17 @@ def _torch_program(function: Callable[..., Any], given: Inputs, task: Task) -> P
 
     def both() -> dict[str, torch.Tensor]:
         o = function(**arrays)
-        grads = torch.autograd.grad(o, list(arrays.values()), cotangent, allow_unused=True)
-        return {"o": o.detach(), **{f"d{name}": x for name, x in zip(arrays, grads) if x is not None}}
+        grads = torch.autograd.grad(o, list(leaves.values()), cotangent, allow_unused=True)
+        return {"o": o.detach(), **{f"d{name}": x for name, x in zip(leaves, grads) if x is not None}}
 
     return Program(both if task.backward else forward, lambda x: x.float().numpy())
+
+
+def _named(path: tuple) -> str:
+    """An array's name, and its place in a tree of them."""
+    from jax.tree_util import keystr
+
+    return path[0].key + keystr(path[1:])
 
 
 def _timed(call: Callable[[], Any], calls: int) -> Run:
