@@ -2,6 +2,7 @@
 
     pip install -e '.[dev,peers]'
     pip install --no-deps recurrentgemma 'typeguard<3' sentencepiece
+    pip install ejkernel
     python -m pytest tests/agreement
 
 (recurrentgemma asks for older versions of absl-py and numpy than we do, and works with ours.)
@@ -11,6 +12,8 @@
     test_transformers       Mamba-2, MiniMax, Qwen3-Next, RecurrentGemma and xLSTM of transformers
     test_mlstm_kernels      the native forms of the authors of xLSTM
     test_recurrentgemma     the scan of the authors of Griffin
+    test_titans_pytorch     the memory of titans-pytorch, where its function meets ours
+    test_ejkernel           its programs for XLA
     test_torch              attention and convolution of torch
 
 Where a library is not installed its file is skipped, with that reason. Functions that the benchmark names

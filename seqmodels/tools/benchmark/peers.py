@@ -85,6 +85,15 @@ def _qwen3_next_gated_delta(inputs: Inputs) -> Callable[..., Any]:
     return lambda q, k, v, g, beta: in_torch(q, k, v, g, beta)[0]
 
 
+def _ejkernel_gated_delta(inputs: Inputs) -> Callable[..., Any]:
+    from ejkernel.kernels._xla.gated_delta_rule import gated_delta_rule
+
+    def run(q: Any, k: Any, v: Any, beta: Any, g: Any = None) -> Any:
+        return gated_delta_rule(q, k, v, beta, g, chunk_size=64, use_qk_l2norm=False)[0]
+
+    return run
+
+
 def _fla_chunk_kda(inputs: Inputs) -> Callable[..., Any]:
     from fla.ops.kda.naive import naive_chunk_kda
 
@@ -134,6 +143,12 @@ def _mamba2_chunk_scan(inputs: Inputs) -> Callable[..., Any]:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     return lambda x, dt, A, B, C, D: mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256, D=D)
+
+
+def _ejkernel_state_space(inputs: Inputs) -> Callable[..., Any]:
+    from ejkernel.kernels._xla.state_space_v2 import state_space_v2
+
+    return lambda x, dt, A, B, C, D: state_space_v2(x, A, B, C, D, dt)[0].reshape(x.shape)
 
 
 def _fla_chunk_wkv6(inputs: Inputs) -> Callable[..., Any]:
@@ -344,9 +359,11 @@ PEERS: tuple[Peer, ...] = (
         "torch",
         _qwen3_next_gated_delta,
     ),
+    Peer("delta_rule", ("none", "scalar"), "ejkernel gated_delta_rule", "jax", _ejkernel_gated_delta),
     Peer("delta_rule", ("channel",), "fla naive_chunk_kda", "torch", _fla_chunk_kda),
     Peer("delta_rule", ("channel",), "fla naive_recurrent_kda", "torch", _fla_recurrent_kda),
     Peer("ssd", ("one_group",), "transformers mamba2_chunk_scan", "torch", _mamba2_chunk_scan),
+    Peer("ssd", ("one_group",), "ejkernel state_space_v2", "jax", _ejkernel_state_space),
     Peer("wkv6", ("channel",), "fla naive_chunk_rwkv6", "torch", _fla_chunk_wkv6),
     Peer("wkv6", ("channel",), "fla naive_recurrent_rwkv6", "torch", _fla_recurrent_wkv6),
     Peer("softmax_attention", ("causal",), "torch scaled_dot_product_attention", "torch", _torch_attention),
