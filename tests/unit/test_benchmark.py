@@ -135,7 +135,7 @@ def test_several_operators_in_one_run():
         (["peers", "--op", "ssd", "short_conv", "--case", "one_group", "width_4"], "--case width_4 of ssd, short_conv"),
         (["peers", "--op", "short_conv"], "--op short_conv has no peer"),
         (["peers", "--op", "short_conv", "--case", "width_4"], "--case width_4 of short_conv has no peer"),
-        (["forms", "--json", "/no/such/folder/file.json"], "--json /no/such/folder/file.json cannot be written"),
+        (["forms", "--json", "/proc/no/file.json"], "--json /proc/no/file.json cannot be written"),
     ],
 )
 def test_bad_arguments_are_one_line_before_anything_runs(arguments, words):
@@ -153,10 +153,9 @@ def test_help(view, capsys):
 
 
 def test_forms_from_the_command_line(tmp_path, capsys):
-    file = tmp_path / "result.json"
-    program.main(
-        ["forms", "--case", "scalar", "--lengths", "80", "--repeats", "2", "--json", str(file), "--backward", *SMALL]
-    )
+    file, document = tmp_path / "result.json", tmp_path / "docs" / "result.md"
+    files = ["--json", str(file), "--markdown", str(document)]
+    program.main(["forms", "--case", "scalar", "--lengths", "80", "--repeats", "2", *files, "--backward", *SMALL])
     forward, both = json.loads(file.read_text())["groups"]
     assert (forward["backward"], both["backward"]) == (False, True)
     for group in (forward, both):
@@ -171,6 +170,11 @@ def test_forms_from_the_command_line(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "load average" in printed
     assert "linear_attention, scalar: forward + backward; batch 1, length 80" in printed
+    text = document.read_text()
+    assert text.startswith("# Benchmarks on a CPU") and printed.split("\n\n")[1].strip() in text
+    row = next(line for line in text.splitlines() if line.startswith("| linear_attention, scalar | 80 | both |"))
+    times = both["rows"][1]["ratio"]
+    assert f"| recurrent | {both['rows'][1]['tokens_per_second'] / 1e3:.1f} | {times:.2f} |" in row
 
 
 def test_a_peer_is_compared_by_values_and_gradients():

@@ -13,6 +13,7 @@ from seqmodels.errors import InputError
 from seqmodels.models import LanguageModel
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION
 from seqmodels.registry import MIXERS
+from seqmodels.tools._documents import put_section
 from seqmodels.tools.survey import __main__ as program
 from seqmodels.tools.survey import costs, decode, plots, precision, process, quickstart, report, train
 from seqmodels.tools.survey.views import Table
@@ -153,7 +154,7 @@ def test_a_section_of_markdown_is_replaced(tmp_path):
     table = Table("a title", ("mixer", "number"), [("rglru", "7")])
 
     def put(view, heading):
-        report.put_section(file, view, report.section(view, "a command", heading, "what", [table], [], ""))
+        put_section(file, view, report.section(view, "a command", heading, "what", [table], [], ""), start=report.START)
 
     put("train", "first")
     put("decode", "second")

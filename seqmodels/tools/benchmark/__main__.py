@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from seqmodels.errors import InputError, nearest, run_main
+from seqmodels.tools._documents import check_writable, put_section
 from seqmodels.tools.benchmark import report
 from seqmodels.tools.benchmark.cases import CASES, Workload
 from seqmodels.tools.benchmark.compare import Protocol, compare
@@ -61,7 +62,8 @@ VIEWS = {
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
     groups = _plan(arguments)
-    _check_writable(arguments.json)
+    for name in ("json", "markdown"):
+        check_writable(name, getattr(arguments, name))
     # After the command line is known to be right: this import takes seconds.
     from seqmodels.training.run_directory import environment
 
@@ -82,6 +84,10 @@ def main(argv: list[str]) -> None:
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(report.as_json(environment, done, load_at_start), indent=1) + "\n")
     print(f"\nload average at the end {report.load()}")
+    if arguments.markdown is not None:
+        command = " ".join(["python -m seqmodels.tools.benchmark", *argv])
+        parts = report.section(arguments.view, command, report.heading(environment), done)
+        put_section(arguments.markdown, arguments.view, parts, start=report.START)
 
 
 class _Planned(NamedTuple):
@@ -132,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             help="CPU seconds for a program (default: %(default)g)",
         )
         sub.add_argument("--json", type=Path, metavar="FILE", help="write every run to FILE, after each table")
+        sub.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables into a section of this file")
     return parser
 
 
@@ -220,17 +227,6 @@ def _check_form(op: str, form: str) -> None:
     forms = ("recurrent", *ops()[op].forms)
     if form not in forms:
         raise InputError(f"--form {form} is not a form of {op}; {nearest(form, forms)}")
-
-
-def _check_writable(path: Path | None) -> None:
-    """Before minutes of measuring, not after."""
-    if path is None:
-        return
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise InputError(f"--json {path} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from seqmodels.tools._documents import markdown_table
 from seqmodels.tools.benchmark.compare import Row
 
+START = "# Benchmarks on a CPU\n\nWritten by `python -m seqmodels.tools.benchmark`.\n"
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "flash-linear-attention")
 
 
@@ -97,22 +99,49 @@ def ratio(row: Row, group: Group) -> float | None:
     return first.tokens_per_second / row.tokens_per_second
 
 
+def fastest_other(group: Group) -> Row | None:
+    """The fastest of the programs that are not the first with another chunk size; None where none was measured."""
+    first = group.rows[0].subject._replace(chunk_size=None)
+    others = [row for row in group.rows if row.subject._replace(chunk_size=None) != first]
+    return max(
+        (row for row in others if ratio(row, group) is not None), key=lambda row: row.tokens_per_second, default=None
+    )
+
+
 def conclusion(group: Group) -> list[str]:
     """The number that a reader looks for, in words."""
     first = group.rows[0]
     if group.over_lengths:
         speeds = [row.tokens_per_second for row in group.rows if not row.skipped]
         return [f"most over least tokens per second: {max(speeds) / min(speeds):.2f}"] if len(speeds) > 1 else []
-    others = [
-        (row, ratio(row, group))
-        for row in group.rows
-        if row.subject._replace(chunk_size=None) != first.subject._replace(chunk_size=None)
-    ]
-    others = [(value, row.subject.name) for row, value in others if value is not None]
-    if not others:
+    other = fastest_other(group)
+    if other is None:
         return []
-    value, name = min(others)
-    return [f"{first.subject.name} is {value:.2f} times as fast as {name}, the fastest of the others"]
+    times = f"{ratio(other, group):.2f} times as fast as {other.subject.name}"
+    return [f"{first.subject.name} is {times}, the fastest of the others"]
+
+
+def section(view: str, command: str, heading: str, groups: Sequence[Group]) -> list[str]:
+    """The paragraphs of a view's part of a markdown file: a line for each table of programs, then the tables."""
+    columns = ("", "length", "pass", "ktok/s", "fastest other", "its ktok/s", "times as fast")
+    rows = [_summary(group) for group in groups if not group.over_lengths]
+    return [
+        f"## {view}",
+        f"`{command}`:",
+        f"```\n{heading}\n```",
+        *([markdown_table(columns, rows)] if rows else []),
+        *(f"```\n{table(group)}\n```" for group in groups),
+    ]
+
+
+def _summary(group: Group) -> tuple[str, ...]:
+    first, other = group.rows[0], fastest_other(group)
+    what = f"{first.workload.op}, {first.workload.case}"
+    speed = f"{first.tokens_per_second / 1e3:.1f}"
+    found = ("none", "-", "-")
+    if other is not None:
+        found = (other.subject.name, f"{other.tokens_per_second / 1e3:.1f}", f"{ratio(other, group):.2f}")
+    return what, f"{first.workload.length:,}", "both" if group.backward else "forward", speed, *found
 
 
 def _number(value: float | None, form: str) -> str:

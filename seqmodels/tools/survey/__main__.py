@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, InputError, nearest, run_main
 from seqmodels.registry import MIXERS
+from seqmodels.tools._documents import check_writable, put_section
 from seqmodels.tools.benchmark.report import heading, load
 from seqmodels.tools.survey import costs, decode, plots, precision, quickstart, report, train
 from seqmodels.tools.survey.views import View
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     view.check(options)
     quickstart.check_checkout()
     for name in ("json", "markdown", "plot"):
-        report.check_writable(name, getattr(options, name, None))
+        check_writable(name, getattr(options, name, None))
     if getattr(options, "plot", None) is not None:
         plots.check(options.plot)
     return _measure(view, mixers, options, argv)
@@ -87,8 +88,8 @@ def _measure(view: View, mixers: list[str], options: argparse.Namespace, argv: l
     if options.markdown is not None:
         command = " ".join(["python -m seqmodels.tools.survey", *argv])
         link = "" if plot is None else os.path.relpath(plot, options.markdown.parent)
-        text = report.section(options.view, command, began, view.description, tables, wrong, link)
-        report.put_section(options.markdown, options.view, text)
+        parts = report.section(options.view, command, began, view.description, tables, wrong, link)
+        put_section(options.markdown, options.view, parts, start=report.START)
     for line in wrong:
         print(f"FAILED {line}")
     return EXIT_DEFECT if wrong else EXIT_DONE
