@@ -1,6 +1,7 @@
 """Writing text: read the prompts in one pass, then one token at a time in constant memory."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ def generate_with_states(
     sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> Iterator[tuple[np.ndarray, Any]]:
-    """As `generate`, and with each token the model's state before it is read."""
+    """As `generate`, and with each token the model's state before it is read, which is gone at the next token."""
     if not prompts or min(map(len, prompts)) == 0:
         raise InputError("generate: a prompt has no tokens; expected at least one in each")
     length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
@@ -99,7 +100,7 @@ def generate_with_states(
         logits, state = model.apply(variables, tokens, state, segment_ids)
         return draw(logits[:, -1], key), state
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnames="state")  # a cache is written in its place, not copied
     def decode(variables: Any, tokens: Array, state: Any, key: Array) -> tuple[Array, Any]:
         logits, state = model.apply(variables, tokens[:, None], state)
         return draw(logits[:, -1], key), state
