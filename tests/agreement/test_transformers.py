@@ -1,5 +1,6 @@
 """transformers: what its models compute where no kernels are installed."""
 
+import importlib
 import inspect
 
 import numpy as np
@@ -11,10 +12,14 @@ from seqmodels.ops.rglru import rglru
 from seqmodels.ops.ssd import ssd
 from seqmodels.tools.benchmark.cases import Workload, inputs
 from tests.agreement.side_by_side import SIZES, assert_agree, assert_peer_agrees, named, peers_of, with_state
+from tests.interop.published import without_kernels
 
 torch = pytest.importorskip("torch", reason="torch is not installed; it comes with the extra 'peers'")
 pytest.importorskip("transformers", reason="transformers is not installed; it comes with the extra 'peers'")
 PEERS = peers_of("transformers")
+with without_kernels():
+    for model in ("mamba2", "minimax", "qwen3_next", "recurrent_gemma", "xlstm"):
+        importlib.import_module(f"transformers.models.{model}.modeling_{model}")
 
 
 @pytest.mark.parametrize("peer, case", PEERS, ids=named(PEERS))

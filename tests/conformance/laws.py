@@ -183,7 +183,10 @@ def check_causality(case: Case) -> None:
 
 
 def check_both_sides(case: EncoderCase) -> None:
-    """Without causality an output depends on the tokens beside it in its document, and on no other document's."""
+    """Without causality an output depends on the tokens beside it in its document, and on no other document's.
+
+    A gradient by a decay may be a difference of sums, so what does not depend has a gradient of rounding errors.
+    """
     span = case.span(case.exact)._replace(segment_ids=PACKED)
     every, no_state = weights(LENGTH)[0], np.zeros(len(PACKED))
     for variant in (RECURRENT, *case.variants):
@@ -192,7 +195,8 @@ def check_both_sides(case: EncoderCase) -> None:
             by_x = np.abs(case.outcome(variant, span, only_t, no_state).gradient["[0]['x']"]).max(axis=-1)
             for document in documents(PACKED):
                 if t in document.places:
-                    seen = set(np.flatnonzero(by_x[document.row]))
+                    row, tolerance = by_x[document.row], TOLERANCES[case.tolerance]
+                    seen = set(np.flatnonzero(row > tolerance * row.max()).tolist())
                     beside = {t - 1, t + 1} & set(document.places)
                     name = f"{case}, {variant}: output {t} of row {document.row} depends on {sorted(seen)}; expected "
                     assert seen <= set(document.places), f"{name}none but {document.places}"

@@ -1,11 +1,11 @@
 """Published models in folders: their tensors, small random ones of transformers, and what these put out."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,13 +16,25 @@ from seqmodels.interop._files import WeightFiles
 KERNELS = ("fla", "mamba_ssm", "causal_conv1d")
 
 
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within, what transformers imports finds none of them. It looks for them once, as it imports a model's file."""
+    before = {name: sys.modules[name] for name in KERNELS if name in sys.modules}
+    sys.modules.update(dict.fromkeys(KERNELS))
+    try:
+        yield
+    finally:
+        for name in KERNELS:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
 def model_class(architecture: str) -> Any:
     """A class of transformers, without the kernels of others; the test is skipped where it is not installed."""
     pytest.importorskip("torch", reason="needs torch: pip install -e '.[peers]'")
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[peers]'")
     transformers.logging.set_verbosity_error()
-    # They are looked for when the file with the model is imported.
-    with mock.patch.dict(sys.modules, dict.fromkeys(KERNELS)):
+    with without_kernels():
         return getattr(transformers, architecture)
 
 
