@@ -3,6 +3,8 @@
     pip install -e '.[dev,peers]'
     pip install --no-deps recurrentgemma 'typeguard<3' sentencepiece
     pip install ejkernel
+    pip download --no-deps --no-binary :all: --no-build-isolation mamba-ssm
+    tar -xf mamba_ssm-*.tar.gz && export PYTHONPATH="$PWD/$(echo mamba_ssm-*/)"
     python -m pytest tests/agreement
 
 (recurrentgemma asks for older versions of absl-py and numpy than we do, and works with ours.)
@@ -13,6 +15,7 @@
     test_mlstm_kernels      the native forms of the authors of xLSTM
     test_recurrentgemma     the scan of the authors of Griffin
     test_titans_pytorch     the memory of titans-pytorch, where its function meets ours
+    test_mamba_ssm          the listing of the paper on Mamba-2
     test_ejkernel           its programs for XLA
     test_torch              attention and convolution of torch
 

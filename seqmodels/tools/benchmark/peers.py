@@ -1,7 +1,11 @@
 """Functions of other libraries that compute what our operators do. Each is imported in the process that measures it."""
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from seqmodels.tools.benchmark.cases import Inputs
@@ -143,6 +147,26 @@ def _mamba2_chunk_scan(inputs: Inputs) -> Callable[..., Any]:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     return lambda x, dt, A, B, C, D: mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256, D=D)
+
+
+def _ssd_minimal(inputs: Inputs) -> Callable[..., Any]:
+    """The listing of the paper, from its file alone: the package around it imports kernels that want a GPU."""
+    package = importlib.util.find_spec("mamba_ssm")
+    if package is None:
+        raise ModuleNotFoundError("No module named 'mamba_ssm'")
+    kernels = ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    kernels.mamba_chunk_scan_combined = None  # imported by the file, to compare with
+    sys.modules.setdefault(kernels.__name__, kernels)
+    file = Path(package.submodule_search_locations[0]) / "modules" / "ssd_minimal.py"
+    spec = importlib.util.spec_from_file_location("ssd_minimal", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> Any:
+        B, C = (y.repeat_interleave(x.shape[2] // y.shape[2], dim=2) for y in (B, C))
+        return module.ssd_minimal_discrete(x * dt[..., None], A * dt, B, C, block_len=64)[0] + D[:, None] * x
+
+    return run
 
 
 def _ejkernel_state_space(inputs: Inputs) -> Callable[..., Any]:
@@ -363,6 +387,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("delta_rule", ("channel",), "fla naive_chunk_kda", "torch", _fla_chunk_kda),
     Peer("delta_rule", ("channel",), "fla naive_recurrent_kda", "torch", _fla_recurrent_kda),
     Peer("ssd", ("one_group",), "transformers mamba2_chunk_scan", "torch", _mamba2_chunk_scan),
+    Peer("ssd", ("one_group",), "mamba_ssm ssd_minimal_discrete", "torch", _ssd_minimal),
     Peer("ssd", ("one_group",), "ejkernel state_space_v2", "jax", _ejkernel_state_space),
     Peer("wkv6", ("channel",), "fla naive_chunk_rwkv6", "torch", _fla_chunk_wkv6),
     Peer("wkv6", ("channel",), "fla naive_recurrent_rwkv6", "torch", _fla_recurrent_wkv6),
