@@ -292,7 +292,7 @@ def _chunked(
 
 def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
     keys = iter(jax.random.split(key, 24))
-    heads, dim, hidden = 2, 4, 6
+    heads, dim, hidden = 2, 8, 6
 
     def normal(*shape: int, scale: float = 1.0) -> Array:
         return scale * jax.random.normal(next(keys), shape)
@@ -303,7 +303,8 @@ def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
     q, k = (normal(batch, length, heads, dim) for _ in range(2))
     k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
     values = normal(batch, length, heads, dim)
-    theta, alpha, eta = gate(0) / 4, gate(-2), gate(0)
+    alpha, eta = gate(-2), gate(0)
+    theta = gate(0) * (1 - eta) / 4  # with momentum, the steps of a mini-batch of 4 add up to less than 1
     matrix = (Linear(normal(heads, dim, dim, scale=0.5)),)
     two_layers = (
         Linear(normal(heads, dim, hidden, scale=0.5), normal(heads, hidden, scale=0.1)),
@@ -312,8 +313,10 @@ def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
     momentum = (Linear(normal(heads, dim, dim, scale=0.1)),)
     norm = Norm(1 + normal(heads, dim, scale=0.1), normal(heads, dim, scale=0.1))
     deep = {"q": q, "k": k, "v": values, "theta": theta, "alpha": alpha, "eta": eta, "weights": two_layers}
-    ttt = {"q": q, "k": k, "v": values, "theta": theta, "reach": gate(0), "weights": two_layers, "norm": norm}
-    one_layer = {**deep, "weights": matrix, "momentum": momentum, "norm": norm}
+    # A norm divides by a deviation that may be small: larger steps would magnify rounding errors without end.
+    with_norm = {"theta": theta / 8, "norm": norm}
+    ttt = {"q": q, "k": k, "v": values, "reach": gate(0), "weights": two_layers, **with_norm}
+    one_layer = {**deep, "weights": matrix, "momentum": momentum, **with_norm}
     at_limits = jnp.arange(length)[:, None] // jnp.array([1, 2]) % 2
     at_limits = jnp.broadcast_to(at_limits, theta.shape).astype(theta.dtype)
     limits = {"theta": at_limits, "alpha": jnp.roll(at_limits, 1, axis=1), "eta": 1 - at_limits}

@@ -360,7 +360,7 @@ def layer_cases(mixers: Mapping[str, Entry]) -> list[LayerCase]:
     found = []
     for name, entry in mixers.items():
         found.append(LayerCase(name, entry, {}))
-        fields = {field: value for field, value in OPTIONAL_FIELDS.items() if hasattr(entry.layer, field)}
+        fields = {field: value for field, value in OPTIONAL_FIELDS.items() if field in entry.layer.__dataclass_fields__}
         if fields:
             found.append(LayerCase(name, entry, fields))
         found.append(EncoderCase(name, entry))
