@@ -107,7 +107,7 @@ def in_tiles(
 
 
 def _by_token(norm: Norm | None, options: Options) -> Norm | None:
-    """[h, v] -> [h, c, v]: so the gradients of a mini-batch's tokens are summed up once, and not in every mini-batch."""
+    """[h, v] -> [h, c, v]: so the gradients of tokens are summed up once at the end, not in every mini-batch."""
     return jax.tree.map(lambda x: jnp.repeat(x[:, None], options["mini_batch"], axis=1), norm)
 
 
