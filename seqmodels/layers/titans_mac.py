@@ -20,8 +20,9 @@ class TitansMAC(MemoryAndAttention):
 
     `memory_as_context` has the equations. Causal: where the paper's figure lets a segment see all its h, a token sees
     those of the tokens up to it, for h answers to x. P and h stand in front of the segment, all at one position. The
-    memory does not read P, which reaches it through y. The other fields are those of `MemoryMixer` and
-    `MemoryAndAttention`.
+    memory does not read P, which reaches it through y. What is written depends on what was read before, and rounding
+    errors go round in that loop: with random parameters in bfloat16 the outputs have little to do with those in float32
+    after some 8,000 tokens (docs/survey.md). The other fields are those of `MemoryMixer` and `MemoryAndAttention`.
 
     segment     L, counted from each document's start; a multiple of mini_batch
     conv_size   width of a short convolution with silu on the attention's queries, keys and values of x; None for none.
