@@ -65,7 +65,7 @@ def in_order(
     def cut(x: Array) -> Array:
         return _scan.pad_time(x, size).reshape(batch, -1, size, *x.shape[2:])
 
-    tile = partial(_tile, norm=_by_token(norm, options), fresh=None, options=options)
+    tile = _tile_with(norm, None, options)
     tiles, real = jax.tree.map(cut, inputs), None
     if length % size:
         real = cut(jnp.ones((batch, length), bool))
@@ -85,7 +85,7 @@ def in_slots(
     def cut(x: Array) -> Array:
         return x.reshape(x.shape[0], -1, options["mini_batch"], *x.shape[2:])
 
-    tile = partial(_tile, norm=_by_token(norm, options), fresh=None, options=options)
+    tile = _tile_with(norm, None, options)
     memory, o = _scan_tiles(tile, start, (_heads_first(jax.tree.map(cut, inputs)), cut(real), None), 1)
     return _heads_last(o).reshape(*real.shape, *inputs.v.shape[2:]), memory
 
@@ -101,14 +101,9 @@ def in_tiles(
 ) -> tuple[Array, Memory]:
     """Rows of any documents, from any place in a mini-batch. fresh: where documents start, [h, ...]."""
     cut = jax.tree.map(lambda x: _tiles.to_tiles(x, tiles), inputs)
-    tile = partial(_tile, norm=_by_token(norm, options), fresh=fresh, options=options)
+    tile = _tile_with(norm, fresh, options)
     memory, o = _scan_tiles(tile, start, (_heads_first(cut), tiles.real, tiles.starts), group)
     return _tiles.from_tiles(_heads_last(o), tiles), memory
-
-
-def _by_token(norm: Norm | None, options: Options) -> Norm | None:
-    """[h, v] -> [h, c, v]: so the gradients of tokens are summed up once at the end, not in every mini-batch."""
-    return jax.tree.map(lambda x: jnp.repeat(x[:, None], options["mini_batch"], axis=1), norm)
 
 
 def _heads_first(inputs: MiniBatch) -> MiniBatch:
@@ -150,6 +145,13 @@ def _scan_tiles(tile: Callable, start: Memory, tiles: Any, group: int) -> tuple[
     if batch == 1 or _scan.spread_over_devices():
         return jax.vmap(row)(start, tiles)
     return jax.lax.platform_dependent(start, tiles, cpu=in_turn, default=jax.vmap(row))
+
+
+def _tile_with(norm: Norm | None, fresh: Memory | None, options: Options) -> Callable:
+    """`_tile` with what all tiles share. Each token has the norm's parameters to itself, [h, v] -> [h, c, v], so that
+    their gradients are summed up over tokens once at the end, and not in every tile."""
+    norm = jax.tree.map(lambda x: jnp.repeat(x[:, None], options["mini_batch"], axis=1), norm)
+    return partial(_tile, norm=norm, fresh=fresh, options=options)
 
 
 def _tile(

@@ -61,8 +61,7 @@ MIXERS = """\
 ## Mixers
 
 Cases are the layer as it is by default, where it has some with optional parts, and without causality, as an encoder's,
-in float32. That the other forms of
-its operator agree is in the table above."""
+in float32. That the other forms of its operator agree is in the table above."""
 
 
 def pair(case: Case, law: str) -> Pair:
