@@ -10,6 +10,12 @@
     d       model width                      scale   factor on the queries; None means k ** -0.5
 
 Tensors are laid out [b, t, h, d] everywhere. Segment ids number the documents packed into a row; 0 is padding.
+
+    axis of the mesh   splits
+    data               rows; parameters are copied
+    fsdp               rows, and parameters with them
+    seq                time
+    tensor             heads, and features
 """
 
 from jax import Array
@@ -29,7 +35,16 @@ SegmentIds = Int[Array, "b t"]
 Tokens = Int[Array, "b t"]
 Logits = Float[Array, "b t vocabulary"]
 
+ROW_AXES = ("data", "fsdp")
+TIME_AXIS = "seq"
+HEAD_AXIS = "tensor"
+MESH_AXES = (*ROW_AXES, TIME_AXIS, HEAD_AXIS)
+
 __all__ = [
+    "HEAD_AXIS",
+    "MESH_AXES",
+    "ROW_AXES",
+    "TIME_AXIS",
     "Activations",
     "Array",
     "ChannelDecay",

@@ -95,7 +95,7 @@ class Mixer(nn.Module):
     layer_index   place of this layer in its stack, from 0, and
     n_layers      the number of layers: for mixers whose decay depends on the depth
     dtype         of activations; parameters are kept in `param_dtype`; gates and states are float32 in any case
-    form, chunk_size, backend   handed to the operator
+    form, chunk_size, backend, exchange   handed to the operator
     causal        False makes it an encoder's layer: every position sees its whole document
 
     How a layer sees both sides is one of two things. Where its operator weighs all pairs alike (`sees_whole`: softmax
@@ -122,6 +122,7 @@ class Mixer(nn.Module):
     form: str = "chunked"
     chunk_size: int | None = None
     backend: str = "auto"
+    exchange: str = "auto"
     causal: bool = True
 
     sees_whole: ClassVar[bool] = False
@@ -149,7 +150,8 @@ class Mixer(nn.Module):
 
     def operate(self, stream: Stream, **arguments: Any) -> Array:
         """What the operator puts out, in this layer's form."""
-        how = {"form": self.form, "chunk_size": self.chunk_size, "backend": self.backend}
+        names = ("form", "chunk_size", "backend", "exchange")
+        how = {name: getattr(self, name) for name in names}
         return stream("memory", type(self).op, **arguments, **how)
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:

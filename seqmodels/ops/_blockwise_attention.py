@@ -18,13 +18,13 @@ need for their speed.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from seqmodels.notation import Array
-from seqmodels.ops import _scan
+from seqmodels.ops._mesh import running
 from seqmodels.ops._scan import Documents, state_dtype
 
 # The rank of keys in front of all documents, which every query sees.
@@ -51,8 +51,8 @@ def reach(before: Array, docs: Documents | None, length: int) -> Reach:
     if docs is None:
         rank = before[:, None] + jnp.arange(length, dtype=jnp.int32)
         return Reach(jnp.zeros_like(rank), rank)
-    rank = before[:, None] + jnp.cumsum(docs.real, axis=1, dtype=jnp.int32) - 1
-    first = jax.lax.cummax(jnp.where(_scan.starts(docs), rank, 0), axis=1)
+    rank = before[:, None] + running("sum", docs.real.astype(jnp.int32)) - 1
+    first = running("max", jnp.where(docs.starts, rank, 0))
     return Reach(jnp.where(docs.real, first, 0), jnp.where(docs.real, rank, -1))
 
 
@@ -86,20 +86,29 @@ def blockwise_attention(
 
     Returns [b, t, hk, g, v] in q's dtype, 0 for a query that sees nothing. `block`: queries or keys in one.
     """
-    batch, length = q.shape[:2]
-    rows, columns = min(block, length), min(block, k.shape[1])
+    blocks = in_blocks(q, k, v, query, key, block)
+    return out_of_blocks(_blockwise(*blocks, scale, window, sinks), q)
+
+
+def in_blocks(
+    q: Array, k: Array, v: Array, query: Reach, key: Array, block: int
+) -> tuple[Array, Array, Array, Reach, Array]:
+    """The arguments of `blockwise_attention` as `forward` takes them."""
+    rows, columns = min(block, q.shape[1]), min(block, k.shape[1])
     by_block = jnp.transpose(_blocks(q, rows), (0, 1, 3, 5, 4, 2))
-    o = _blockwise(
+    return (
         by_block.reshape(*by_block.shape[:4], -1),
         jnp.moveaxis(_blocks(k, columns), 2, 3),
         jnp.moveaxis(_blocks(v, columns), 2, 3),
         Reach(_blocks(query.first, rows), _blocks(query.rank, rows, -1)),
         _blocks(key, columns, -1),
-        scale,
-        window,
-        sinks,
     )
-    o = jnp.transpose(o.reshape(*o.shape[:4], -1, rows), (1, 0, 5, 2, 4, 3))
+
+
+def out_of_blocks(o: Array, q: Array) -> Array:
+    """[b, t, hk, g, v] for q [b, t, hk, g, k], from the outputs of `forward`."""
+    batch, length, groups = q.shape[0], q.shape[1], q.shape[3]
+    o = jnp.transpose(o.reshape(*o.shape[:4], groups, -1), (1, 0, 5, 2, 4, 3))
     return o.reshape(batch, -1, *o.shape[3:])[:, :length]
 
 
@@ -138,7 +147,7 @@ def _blockwise(
 
     r are the g times t queries that read a key head.
     """
-    return _forward(q, k, v, query, key, scale, window, sinks)[0]
+    return forward(q, k, v, query, key, scale, window, sinks)[0].astype(q.dtype)
 
 
 def _scores(q: Array, k: Array, query: Reach, key: Array, scale: float, window: int | None, sinks: int) -> Array:
@@ -150,10 +159,10 @@ def _scores(q: Array, k: Array, query: Reach, key: Array, scale: float, window: 
     return jnp.where(jnp.tile(seen, groups), s, jnp.finfo(s.dtype).min)
 
 
-def _forward(
+def forward(
     q: Array, k: Array, v: Array, query: Reach, key: Array, scale: float, window: int | None, sinks: int
-) -> tuple[Array, tuple]:
-    """Equation (1)."""
+) -> tuple[Array, Array]:
+    """Equation (1): o [n, b, hk, v, r] in the accumulation dtype, and L [n, b, hk, r]; very low where nothing is seen."""
     in_sight, count = _blocks_in_sight(query, key, window, sinks)
     dtype = state_dtype(q)
     upright = jnp.swapaxes(v, -1, -2)
@@ -177,14 +186,13 @@ def _forward(
         w = jnp.zeros((*q.shape[:2], v.shape[-1], *q.shape[3:]), dtype)
         m, l, w = jax.lax.fori_loop(0, count, visit, (m, l, w))
         l = jnp.where(l > 0, l, 1)  # a query that sees nothing: 0 / 1
-        return (w / l[:, :, None]).astype(q.dtype), m + jnp.log(l)
+        return w / l[:, :, None], m + jnp.log(l)
 
-    o, L = jax.lax.map(query_block, (q, query, in_sight, count))
-    return o, (q, k, v, query, key, o, L)
+    return jax.lax.map(query_block, (q, query, in_sight, count))
 
 
-def _backward(scale: float, window: int | None, sinks: int, kept: tuple, do: Array) -> tuple:
-    """Equation (2)."""
+def backward(scale: float, window: int | None, sinks: int, kept: tuple, do: Array) -> tuple[Array, Array, Array]:
+    """Equation (2): dq, dk, dv in the accumulation dtype. o and L in `kept` may be those over more keys than these."""
     q, k, v, query, key, o, L = kept
     in_sight, count = _blocks_in_sight(query, key, window, sinks)
     dtype = state_dtype(q)
@@ -208,15 +216,26 @@ def _backward(scale: float, window: int | None, sinks: int, kept: tuple, do: Arr
             return dq, dk, dv
 
         dq, dk, dv = jax.lax.fori_loop(0, count, visit, (jnp.zeros(q.shape, dtype), *carry))
-        return (dk, dv), (scale * dq).astype(q.dtype)
+        return (dk, dv), scale * dq
 
     zeros = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
     (dk, dv), dq = jax.lax.scan(query_block, zeros, (q, query, o, do, L, in_sight, count))
-    return dq, (scale * dk).astype(k.dtype), dv.astype(v.dtype), None, None
+    return dq, scale * dk, dv
 
 
 def _add_at(x: Array, j: Array, more: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(x, x[j] + more, j, axis=0)
 
 
-_blockwise.defvjp(_forward, _backward)
+def _blockwise_forward(q: Array, k: Array, v: Array, query: Reach, key: Array, *how: Any) -> tuple[Array, tuple]:
+    o, L = forward(q, k, v, query, key, *how)
+    o = o.astype(q.dtype)
+    return o, (q, k, v, query, key, o, L)
+
+
+def _blockwise_backward(scale: float, window: int | None, sinks: int, kept: tuple, do: Array) -> tuple:
+    gradients = backward(scale, window, sinks, kept, do)
+    return *(dx.astype(x.dtype) for dx, x in zip(gradients, kept)), None, None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)

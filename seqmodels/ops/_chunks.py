@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.notation import Array
-from seqmodels.ops import _scan
+from seqmodels.ops import _mesh, _scan
 from seqmodels.ops._scan import Documents
 
 DEFAULT_CHUNK = 64
@@ -317,6 +317,6 @@ def scan_chunks(body: Callable, states: Any, arrays: Any, reverse: bool = False)
         (_, final), outputs = jax.lax.scan(step, carry, jnp.arange(batch * count), reverse=reverse)
         return final, jax.tree.map(lambda x: x.reshape(batch, count, *x.shape[1:]), outputs)
 
-    if batch == 1 or _scan.spread_over_devices():
+    if batch == 1 or _mesh.is_spread():
         return side_by_side(states, arrays)
     return jax.lax.platform_dependent(states, arrays, cpu=in_turn, default=side_by_side)

@@ -2,15 +2,17 @@
 
 import functools
 import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, SegmentIds
-from seqmodels.ops import _scan
+from seqmodels.ops import _mesh, _scan, _sequence_parallel
 from seqmodels.ops._op import Inputs, Options, SeqOp, State
 from seqmodels.ops._scan import Documents
+from seqmodels.ops._sequence_parallel import flip_documents, flip_time
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ def run(
     form: str,
     chunk_size: int | None,
     backend: str,
+    exchange: str = "auto",
     causal: bool = True,
 ) -> tuple[Array, State]:
     """Run `op` in one form on one backend.
@@ -33,6 +36,8 @@ def run(
     segment_ids: [b, t] ids, or the `Documents` that a layer works out once for all its operators.
     backend: "xla" or one of `op.kernels`, which run or raise; "auto" takes the first kernel that supports the
     arguments on the platform the program is lowered for, else "xla". Kernels serve the chunked form alone.
+    exchange: how shards of the time axis exchange what they need, where a mesh in context splits it: see
+    `_sequence_parallel`.
     causal: False lets every position see its whole document: by `op.whole`, or else the span and the reversed span
     run one after the other and their outputs added, as in Vision Mamba (Zhu et al. 2024, arXiv 2401.09417). Nothing
     can follow such a span: its state is (), and a state handed in is an error.
@@ -45,6 +50,7 @@ def run(
         raise InputError(f"{op.name}: backend={backend!r} does not exist for it; {nearest(backend, valid)}")
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"{op.name}: chunk_size={chunk_size}; expected a positive number of tokens")
+    _sequence_parallel.check_exchange(op, exchange)
     batch, length = arrays[op.time_args[0]].shape[:2]
     if length == 0:
         raise InputError(f"{op.name}: {op.time_args[0]} has no positions; expected a span of at least one token")
@@ -55,16 +61,58 @@ def run(
                 f"{op.name}: segment_ids has shape {segment_ids.shape}; expected {(batch, length)} as the inputs have"
             )
         docs = _scan.documents(segment_ids)
+    how = _How(form, chunk_size, backend, exchange)
     if not causal:
         if jax.tree.leaves(initial_state):
             raise InputError(f"{op.name}: causal=False has no state to go on from; expected initial_state=None")
-        how = {"form": form, "chunk_size": chunk_size, "backend": backend}
-        return _whole(op, arrays, options, docs, chunk_size, how), ()
-    options = {**options, "fresh": initial_state is None}
-    fresh = op.initial_state(arrays, options)
-    state = fresh if initial_state is None else _checked_state(op, initial_state, fresh)
+        return _whole(op, arrays, docs, options, how), ()
+    if initial_state is not None:
+        initial_state = _checked_state(op, initial_state, op.initial_state(arrays, options))
+    return _spread_out(op, arrays, docs, initial_state, options, how)
 
-    if form == "recurrent" or (length == 1 and form == "chunked"):
+
+class _How(NamedTuple):
+    """Arguments of `run`."""
+
+    form: str
+    chunk_size: int | None
+    backend: str
+    exchange: str
+
+
+def _spread_out(
+    op: SeqOp,
+    arrays: Inputs,
+    docs: Documents | None,
+    state: State | None,
+    options: Options,
+    how: _How,
+    **order: bool,
+) -> tuple[Array, State]:
+    """Over the devices of the mesh in context, or here where there is none. order: as for `_sequence_parallel.run`."""
+
+    def run_here(arrays: Inputs, docs: Documents | None, state: State | None) -> tuple[Array, State]:
+        return _run_here(op, arrays, docs, state, options, how)
+
+    mesh = _mesh.view()
+    if mesh is not None:
+        way = {"chunk_size": how.chunk_size, "exchange": how.exchange, **order}
+        return _sequence_parallel.run(op, arrays, docs, state, options, run_here, mesh, **way)
+    if not order.get("backwards", False):
+        return run_here(arrays, docs, state)
+    o, state = run_here(flip_time(op, arrays), flip_documents(docs), state)
+    return jnp.flip(o, axis=1), state
+
+
+def _run_here(
+    op: SeqOp, arrays: Inputs, docs: Documents | None, state: State | None, options: Options, how: _How
+) -> tuple[Array, State]:
+    """On one device."""
+    form, chunk_size, backend, _ = how
+    options = {**options, "fresh": state is None}
+    fresh = op.initial_state(arrays, options)
+    state = fresh if state is None else state
+    if form == "recurrent" or (arrays[op.time_args[0]].shape[1] == 1 and form == "chunked"):
         return _scan.recurrent(op.step, fresh, arrays, op.time_args, state, docs, options)
     implementation = functools.partial(op.forms[form], chunk_size=chunk_size, options=options)
     if form != "chunked" or backend == "xla" or not op.kernels:
@@ -82,22 +130,23 @@ def run(
     return jax.lax.platform_dependent(arrays, state, docs, default=implementation, **chosen)
 
 
-def _whole(
-    op: SeqOp, arrays: Inputs, options: Options, docs: Documents | None, chunk_size: int | None, how: dict
-) -> Array:
+def _whole(op: SeqOp, arrays: Inputs, docs: Documents | None, options: Options, how: _How) -> Array:
     """Outputs that see what comes before and what comes after."""
 
     def both_ways(arrays: Inputs, options: Options) -> Array:
-        reversed_arrays = {
-            name: jnp.flip(x, axis=1) if name in op.time_args and x is not None else x for name, x in arrays.items()
-        }
-        spans = (arrays, docs), (reversed_arrays, None if docs is None else _scan.backwards(docs))
-        forward, backward = (run(op, x, options, initial_state=None, segment_ids=ids, **how)[0] for x, ids in spans)
-        return forward + jnp.flip(backward, axis=1)
+        back = None
+        if docs is not None:
+            back = flip_documents(_scan.backwards(docs))
+        forward, _ = _spread_out(op, arrays, docs, None, options, how)
+        backward, _ = _spread_out(op, arrays, back, None, options, how, backwards=True)
+        return forward + backward
 
     if op.whole is None:
         return both_ways(arrays, options)
-    return op.whole(arrays, docs, chunk_size, options, both_ways)
+    mesh = _mesh.view()
+    if op.across is not None and mesh is not None and mesh.n_time > 1:
+        return _spread_out(op, arrays, docs, None, options, how, causal=False)[0]
+    return op.whole(arrays, docs, how.chunk_size, options, both_ways)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.notation import Array
-from seqmodels.ops import _scan, _tiles
+from seqmodels.ops import _mesh, _scan, _tiles
 from seqmodels.ops._memory_network import Linear, Norm, Weights, linear, loss, network
 from seqmodels.ops._op import Options
 
@@ -142,7 +142,7 @@ def _scan_tiles(tile: Callable, start: Memory, tiles: Any, group: int) -> tuple[
     def in_turn(start: Memory, tiles: Any) -> tuple[Memory, Array]:
         return jax.lax.map(lambda args: row(*args), (start, tiles))
 
-    if batch == 1 or _scan.spread_over_devices():
+    if batch == 1 or _mesh.is_spread():
         return jax.vmap(row)(start, tiles)
     return jax.lax.platform_dependent(start, tiles, cpu=in_turn, default=jax.vmap(row))
 

@@ -42,6 +42,18 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Across:
+    """How an operator without a summary of fixed size reads shards of the time axis.
+
+    gathered: the arrays of which every shard needs those of all others. run: (call, spread, exchange, causal) ->
+    (o, state), see `_sequence_parallel`; exchange is "ring" or "gather".
+    """
+
+    gathered: tuple[str, ...]
+    run: Callable[..., tuple[Array, State]]
+
+
+@dataclass(frozen=True)
 class SeqOp:
     """One operator with a state.
 
@@ -66,6 +78,11 @@ class SeqOp:
     summary_kind    how a shard of a longer sequence gets what it needs: "prefix" one all-gather of fixed-size
                     summaries, "halo" the last positions of its neighbour, "ring" keys and values of all shards,
                     "relay" the exact state, handed on
+    head_axes       array argument -> its axis of heads, or of channels that do not mix; those that are missing have none.
+                    A device may have some of the heads. (Of an argument that is a tree: the axis of every array in it)
+    reach           (arrays, options) -> how many positions the state looks back, None for no limit; None for operators
+                    that have no limit in any case
+    across          "ring": what the operator does in place of summaries
     examples        (key, batch, length) -> examples by name
     state_grows     whether the state's bytes depend on the number of tokens seen
     known_gaps      law -> reason, for laws that the mathematics of this operator cannot keep
@@ -84,5 +101,8 @@ class SeqOp:
     apply: Callable[..., State] | None = None
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     whole: Callable[..., Array] | None = None
+    head_axes: Mapping[str, int] = field(default_factory=dict)
+    reach: Callable[[Inputs, Options], int | None] | None = None
+    across: Across | None = None
     state_grows: bool = False
     known_gaps: Mapping[str, str] = field(default_factory=dict)

@@ -57,7 +57,7 @@ def chunked(x: Array, g: Array, h: Array, docs: Documents | None, *, chunk_size:
     # At padding the decay is 1 and the input 0: the state passes through. So it does at the end of the last chunk.
     if docs is not None:
         x, g = (jnp.where(docs.real[..., None], y, 0) for y in (x, g))
-        resets = cut(_scan.starts(docs)[..., None], size)
+        resets = cut(docs.starts[..., None], size)
     o, h = _run(_Inputs(cut(x, size), cut(g, size), resets), h)
     o = o.reshape(o.shape[0], -1, o.shape[-1])[:, :length]
     return o if docs is None else jnp.where(docs.real[..., None], o, 0), h

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Int
 
 from seqmodels.notation import Array, SegmentIds
+from seqmodels.ops._mesh import running
 from seqmodels.ops._op import Inputs, Options, State
 
 
@@ -18,10 +19,12 @@ class Documents(NamedTuple):
     index   [b, t] int32, 0 for the document that the state at the start belongs to, then 1, 2, ... A padding position
             carries the index of the last real token before it.
     real    [b, t] bool, False at padding
+    starts  [b, t] bool, True where a document begins and the state must be forgotten
     """
 
     index: Array
     real: Array
+    starts: Array
 
 
 def documents(segment_ids: SegmentIds, current: Int[Array, " b"] | None = None) -> Documents:
@@ -31,18 +34,11 @@ def documents(segment_ids: SegmentIds, current: Int[Array, " b"] | None = None) 
     is the id of the incoming state's document; where it is 0 or not given, the first real token continues the state.
     """
     real = segment_ids != 0
-    position = jnp.where(real, jnp.arange(segment_ids.shape[1]), -1)
-    before = jnp.pad(jax.lax.cummax(position, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    incoming = jnp.zeros_like(segment_ids[:, 0]) if current is None else current
-    id_before = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
-    id_before = jnp.where(before >= 0, id_before, incoming[:, None])
+    id_before = running("last", segment_ids, exclusive=True)
+    if current is not None:
+        id_before = jnp.where(id_before != 0, id_before, current[:, None])
     starts = real & (id_before != 0) & (segment_ids != id_before)
-    return Documents(jnp.cumsum(starts, axis=1, dtype=jnp.int32), real)
-
-
-def starts(docs: Documents) -> Array:
-    """[b, t] bool: True where a document begins and the state must be forgotten."""
-    return jnp.diff(docs.index, axis=1, prepend=0) > 0
+    return Documents(running("sum", starts.astype(jnp.int32)), real, starts)
 
 
 def places(docs: Documents, seen: Int[Array, " b"]) -> Int[Array, "b t"]:
@@ -50,8 +46,8 @@ def places(docs: Documents, seen: Int[Array, " b"]) -> Int[Array, "b t"]:
 
     A padding position has the place of the last real token before it, -1 where there is none.
     """
-    count = jnp.cumsum(docs.real, axis=1, dtype=jnp.int32)
-    count_before = jax.lax.cummax(jnp.where(starts(docs), count - 1, 0), axis=1)
+    count = running("sum", docs.real.astype(jnp.int32))
+    count_before = running("max", jnp.where(docs.starts, count - 1, 0))
     return count - 1 - count_before + jnp.where(docs.index == 0, seen[:, None], 0)
 
 
@@ -94,7 +90,7 @@ def recurrent(
         after, o = step(state, {**arrays, **inputs}, options)
         return where_row(real, after, state), where_row(real, o, jnp.zeros_like(o))
 
-    marks = None if docs is None else (starts(docs), docs.real)
+    marks = None if docs is None else (docs.starts, docs.real)
     if next(iter(timed.values())).shape[1] == 1:
         state, o = body(state, jax.tree.map(lambda x: x[:, 0], (timed, marks)))
         return o[:, None], state
@@ -116,7 +112,7 @@ def recurrent_in_spans(
     length = docs.index.shape[1]
     size = math.isqrt(length - 1) + 1
     timed = {name: x for name, x in arrays.items() if name in time_args and x is not None}
-    index, real = pad_time(docs.index, size, "edge"), pad_time(docs.real, size)
+    index, real, starts = pad_time(docs.index, size, "edge"), pad_time(docs.real, size), pad_time(docs.starts, size)
     before = jnp.pad(index[:, size - 1 : -1 : size], ((0, 0), (1, 0)))
 
     def in_spans(x: Array) -> Array:
@@ -125,12 +121,12 @@ def recurrent_in_spans(
 
     @jax.checkpoint
     def span(state: State, inputs: tuple) -> tuple[State, Array]:
-        part, index, real, before = inputs
-        docs = Documents(index - before[:, None], real)
+        part, (index, real, starts), before = inputs
+        docs = Documents(index - before[:, None], real, starts)
         o, state = recurrent(step, fresh, {**arrays, **part}, time_args, state, docs, options)
         return state, o
 
-    parts = *jax.tree.map(in_spans, (timed, index, real)), before.T
+    parts = *jax.tree.map(in_spans, (timed, (index, real, starts))), before.T
     state, o = jax.lax.scan(span, state, parts)
     o = jnp.moveaxis(o, 0, 1)
     return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :length], state
@@ -149,9 +145,3 @@ def pad_time(x: Array, multiple: int, value: str = "zero") -> Array:
 def state_dtype(*arrays: Array | None) -> jnp.dtype:
     """float32, or float64 when an input is float64."""
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))
-
-
-def spread_over_devices() -> bool:
-    """Whether arrays may lie spread over the devices of the mesh in context; inside `jax.shard_map` they do not."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not (mesh.empty or mesh.are_all_axes_manual or mesh.size == 1)

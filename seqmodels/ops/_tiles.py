@@ -55,7 +55,7 @@ def lay(docs: Documents | None, place: Int[Array, " b"], length: int, size: int)
     tiles = -(-length // size) + 1
     if docs is None:
         shape = (place.shape[0], length)
-        docs, fits = Documents(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)), True
+        docs, fits = Documents(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool), jnp.zeros(shape, bool)), True
     else:
         tiles = min(2 * tiles - 1, length)
         fits = tiles == length
@@ -71,7 +71,7 @@ def lay(docs: Documents | None, place: Int[Array, " b"], length: int, size: int)
     position = put(jnp.where(docs.real, slot, end), positions).reshape(-1, tiles, size)
     real = position >= 0
     position = jnp.maximum(position, 0)
-    begins = jnp.take_along_axis(_scan.starts(docs), position[:, :, 0], axis=1) & real[:, :, 0]
+    begins = jnp.take_along_axis(docs.starts, position[:, :, 0], axis=1) & real[:, :, 0]
     fit = None if fits else jnp.all(jnp.where(docs.real, slot, 0) < end)
     return Tiles(size, position, real, slot, docs.real, begins, (places[:, -1] + 1) % size, fit)
 

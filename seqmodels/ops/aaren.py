@@ -50,6 +50,7 @@ def aaren(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Values, AarenState]:
     """Softmax attention of one query per head over the prefix of every position, equations (1) and (2).
 
@@ -79,6 +80,7 @@ def aaren(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
         causal=causal,
     )
 
@@ -140,7 +142,7 @@ def _whole(
         u, w = (jax.ops.segment_sum(x, **totals)[index] for x in (p, p[..., None] * v))
         return jnp.where(real[:, None, None], w / jnp.where(u > 0, u, 1)[..., None], 0)
 
-    return jax.vmap(row)(s, v, *docs).astype(v.dtype)
+    return jax.vmap(row)(s, v, docs.index, docs.real).astype(v.dtype)
 
 
 class AarenSummary(NamedTuple):
@@ -194,7 +196,7 @@ def _parallel(
     if docs is not None:
         real = docs.real[..., None]
         tokens = AarenState(*(jnp.where(mask, x, 0) for mask, x in zip((real, real, real[..., None]), tokens)))
-        through = jnp.where(_scan.starts(docs)[..., None], 0, through)
+        through = jnp.where(docs.starts[..., None], 0, through)
 
     def follow(earlier: AarenSummary, later: AarenSummary) -> AarenSummary:
         return _combine(earlier, later, options)
@@ -231,6 +233,7 @@ AAREN = SeqOp(
     combine=_combine,
     apply=_apply,
     summary_kind="prefix",
+    head_axes={"k": 2, "v": 2, "query": 0},
     examples=_examples,
     whole=_whole,
 )

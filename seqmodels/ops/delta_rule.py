@@ -58,6 +58,7 @@ def delta_rule(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Values, MatrixState]:
     """The delta rule, equations (1) to (3).
 
@@ -83,6 +84,7 @@ def delta_rule(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
         causal=causal,
     )
 
@@ -184,5 +186,6 @@ DELTA_RULE = SeqOp(
     combine=_combine,
     apply=_apply,
     summary_kind="prefix",
+    head_axes={"q": 2, "k": 2, "v": 2, "beta": 2, "g": 2},
     examples=_examples,
 )

@@ -76,6 +76,7 @@ def linear_attention(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Values, LinearState]:
     """Linear attention, equations (1) to (3).
 
@@ -106,6 +107,7 @@ def linear_attention(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
         causal=causal,
     )
 
@@ -277,6 +279,7 @@ LINEAR_ATTENTION = SeqOp(
     combine=_combine,
     apply=_apply,
     summary_kind="prefix",
+    head_axes={"q": 2, "k": 2, "v": 2, "g": 2},
     examples=_examples,
     whole=_whole,
 )

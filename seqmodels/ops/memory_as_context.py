@@ -83,6 +83,7 @@ def memory_as_context(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Float[Array, "b t 2 h v"], MemoryAsContextState]:
     """Attention within segments with a neural memory as context, equations (1) to (3).
 
@@ -113,6 +114,7 @@ def memory_as_context(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
     )
 
 

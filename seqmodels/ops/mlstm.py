@@ -63,6 +63,7 @@ def mlstm(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Values, MLSTMState]:
     """The matrix LSTM without its output gate, equations (3) to (5).
 
@@ -89,6 +90,7 @@ def mlstm(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
         causal=causal,
     )
 
@@ -139,7 +141,7 @@ def _largest_weights(arrays: Inputs, docs: Documents | None) -> tuple[Array, Arr
     """
     F, M = arrays["g"], arrays["i"]
     if docs is not None:
-        start, real = _scan.starts(docs)[..., None], docs.real[..., None]
+        start, real = docs.starts[..., None], docs.real[..., None]
         F, M = jnp.where(start, -jnp.inf, F), jnp.where(start, jnp.maximum(F, M), M)
         F, M = jnp.where(real, F, 0), jnp.where(real, M, -jnp.inf)
 
@@ -159,7 +161,7 @@ def _chunked(
     before = jnp.concatenate([state.m[:, None], m[:, :-1]], axis=1)
     decay, add = jnp.minimum(g + before - m, 0), jnp.exp(jnp.minimum(i - m, 0))
     if docs is not None:
-        decay = jnp.where(_scan.starts(docs)[..., None], 0, decay)
+        decay = jnp.where(docs.starts[..., None], 0, decay)
     values = add[..., None] * jnp.pad(v.astype(m.dtype), ((0, 0),) * 3 + ((0, 1),), constant_values=1)
     S = jnp.concatenate([state.C, state.n[..., None]], axis=-1)
     o, S, _ = _linear_attention_chunked.chunked(
@@ -288,5 +290,6 @@ MLSTM = SeqOp(
     combine=_combine,
     apply=_apply,
     summary_kind="prefix",
+    head_axes={"q": 2, "k": 2, "v": 2, "g": 2, "i": 2},
     examples=_examples,
 )

@@ -90,6 +90,7 @@ def neural_memory(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Values, NeuralMemoryState]:
     """A memory that learns as it reads, equations (1) to (4).
 
@@ -135,6 +136,7 @@ def neural_memory(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
     )
 
 
@@ -336,6 +338,7 @@ NEURAL_MEMORY = SeqOp(
     initial_state=_initial_state,
     forms={"chunked": _chunked},
     summary_kind="relay",
+    head_axes={**dict.fromkeys(TIME_ARGS, 2), "weights": 0, "momentum": 0, "norm": 0},
     examples=_examples,
     known_gaps={"summary": "the gradients of a mini-batch depend on the state at its start: a span has no summary"},
 )

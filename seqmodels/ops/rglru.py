@@ -39,6 +39,7 @@ def rglru(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Activations, Float[Array, "b d"]]:
     """The gated linear recurrence of Griffin, equation (1).
 
@@ -67,6 +68,7 @@ def rglru(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
         causal=causal,
     )
 
@@ -142,5 +144,6 @@ RGLRU = SeqOp(
     combine=_combine,
     apply=_apply,
     summary_kind="prefix",
+    head_axes={"x": 2, "g": 2},
     examples=_examples,
 )

@@ -40,6 +40,7 @@ def short_conv(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Activations, Float[Array, "b w-1 d"]]:
     """Causal depthwise convolution over time; equation (1).
 
@@ -66,6 +67,7 @@ def short_conv(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
         causal=causal,
     )
 
@@ -193,6 +195,8 @@ SHORT_CONV = SeqOp(
     combine=_combine,
     apply=_apply,
     summary_kind="halo",
+    head_axes={"x": 2, "kernel": 1, "bias": 0},
+    reach=lambda arrays, options: arrays["kernel"].shape[0] - 1,
     examples=_examples,
     whole=_whole,
 )

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from seqmodels.errors import InputError
@@ -38,8 +39,10 @@ from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
 from seqmodels.ops import _dispatch, _scan, _splash_attention
 from seqmodels.ops._blockwise_attention import IN_FRONT, Reach, blockwise_attention, product, reach, sees
 from seqmodels.ops._kv_cache import KVCache, append, emptied, empty_cache, enlarged
-from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
+from seqmodels.ops._op import Across, Example, Inputs, Kernel, Options, SeqOp
+from seqmodels.ops._ring_attention import Attention, Settings, gathered_attention, ring_attention
 from seqmodels.ops._scan import Documents
+from seqmodels.ops._sequence_parallel import Call, Spread
 
 __all__ = ["SOFTMAX_ATTENTION", "KVCache", "empty_cache", "softmax_attention"]
 
@@ -63,6 +66,7 @@ def softmax_attention(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Float[Array, "b t h v"], KVCache]:
     """Causal softmax attention; equation (1).
 
@@ -110,6 +114,7 @@ def softmax_attention(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
         causal=causal,
     )
 
@@ -263,20 +268,39 @@ def _with_cache(
     arrays: Inputs, cache: KVCache, docs: Documents | None, options: Options
 ) -> tuple[Array, Array, Array, Reach]:
     """Keys, values and ranks of prefix, cache and span in one row, and the reach of the span's queries."""
-    query = reach(cache.length, docs, arrays["k"].shape[1])
+    parts, query = _parts(arrays, None if options.get("fresh", False) else cache, docs, options)
+    return *(jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True)), query
+
+
+def _parts(
+    arrays: Inputs, cache: KVCache | None, docs: Documents | None, options: Options
+) -> tuple[list[tuple[Array, Array, Array]], Reach]:
+    """Keys, values and ranks of the prefix and of the cache, where there are such, and of the span; and the reach of its
+    queries."""
+    batch, length = arrays["k"].shape[:2]
+    query = reach(jnp.zeros(batch, jnp.int32) if cache is None else cache.length, docs, length)
     parts = [(arrays["k"], arrays["v"], query.rank)]
-    if not options.get("fresh", False):
+    if cache is not None:
         # In the document of the incoming state a token's rank is its position.
         parts.insert(0, (cache.k, cache.v, cache.position))
-    return *_behind_prefix(arrays, parts), query
-
-
-def _behind_prefix(arrays: Inputs, parts: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
-    """Keys, values and ranks of prefix and `parts` in one row."""
     if arrays["prefix_k"] is not None:
-        batch, count = arrays["k"].shape[0], arrays["prefix_k"].shape[0]
-        parts = [(*_prefix(arrays, batch), jnp.full((batch, count), IN_FRONT, jnp.int32)), *parts]
-    return tuple(jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        count = arrays["prefix_k"].shape[0]
+        parts.insert(0, (*_prefix(arrays, batch), jnp.full((batch, count), IN_FRONT, jnp.int32)))
+    return parts, query
+
+
+def _both_sides(own: Reach, docs: Documents | None, options: Options) -> Reach:
+    """The reach of a query that ends at the last token of its document instead of at its own, or with the window."""
+    first, last, real = own.first, jnp.full_like(own.rank, own.rank.shape[1] - 1), own.rank >= 0
+    if docs is not None:
+        count = docs.real.sum(axis=1, keepdims=True, dtype=jnp.int32)
+        starts = jnp.where(docs.starts, own.rank, count)
+        from_here = jax.lax.cummin(starts, axis=1, reverse=True)
+        last = jnp.concatenate([from_here[:, 1:], count], axis=1) - 1
+    window = options.get("window")
+    if window is not None:
+        first, last = jnp.maximum(first, own.rank - window + 1), jnp.minimum(last, own.rank + window - 1)
+    return Reach(jnp.where(real, first, 0), jnp.where(real, last, -1))
 
 
 def _chunked(
@@ -306,21 +330,12 @@ def _whole(
     options: Options,
     both_ways: Callable[[Inputs, Options], Array],
 ) -> Array:
-    """In blocks. The reach of a query ends at the last token of its document instead of at its own."""
-    q, k, v = (arrays[name] for name in "qkv")
-    own = reach(jnp.zeros(q.shape[0], jnp.int32), docs, q.shape[1])
-    first, last, real = own.first, jnp.full_like(own.rank, q.shape[1] - 1), own.rank >= 0
-    if docs is not None:
-        count = docs.real.sum(axis=1, keepdims=True, dtype=jnp.int32)
-        starts = jnp.where(_scan.starts(docs), own.rank, count)
-        from_here = jax.lax.cummin(starts, axis=1, reverse=True)
-        last = jnp.concatenate([from_here[:, 1:], count], axis=1) - 1
-    window = options.get("window")
-    if window is not None:
-        first, last = jnp.maximum(first, own.rank - window + 1), jnp.minimum(last, own.rank + window - 1)
-    query = Reach(jnp.where(real, first, 0), jnp.where(real, last, -1))
+    """In blocks."""
+    q = arrays["q"]
+    parts, own = _parts(arrays, None, docs, options)
+    query = _both_sides(own, docs, options)
     how = {"scale": _scale(q, options), "window": None, "sinks": 0, "block": chunk_size or BLOCK}
-    k, v, key = _behind_prefix(arrays, [(k, v, own.rank)])
+    k, v, key = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     o = blockwise_attention(_grouped(q, k.shape[2]), k, v, query, key, **how)
     return o.reshape(*q.shape[:3], -1)
 
@@ -351,6 +366,51 @@ def _parallel(
     o = attend(q, k, v, seen, options)
     o = _nan_without_room(o, query.rank - query.first, cache, options)
     return o, _final_state(arrays, cache, docs, options)
+
+
+def _reach(arrays: Inputs, options: Options) -> int | None:
+    """A window looks back so far; sinks and full attention to the start."""
+    return None if options.get("sinks", 0) else options.get("window")
+
+
+def _across(call: Call, spread: Spread, exchange: str, causal: bool) -> tuple[Array, KVCache]:
+    """Over shards of the time axis; the cache of the last document is whole on every device."""
+    options, chunk_size = call.options, call.chunk_size
+    parts, query = _parts(call.arrays, call.state, call.docs, options)
+    (k, v, key), front = parts[-1], parts[:-1]
+    if not causal:
+        query = _both_sides(query, call.docs, options)
+    settings = Settings(
+        _scale(call.arrays["q"], options),
+        options.get("window") if causal else None,
+        options.get("sinks", 0),
+        chunk_size or BLOCK,
+        call.line.size,
+        causal,
+    )
+    front = tuple(jnp.concatenate(part, axis=1) for part in zip(*front, strict=True)) if front else None
+
+    def shard(q: Array, k: Array, v: Array, query: Reach, key: Array, front: tuple | None) -> Array:
+        k, v = (spread.own_heads({"k": x})["k"] for x in (k, v))
+        if front is not None:
+            front = (*(spread.own_heads({"k": x})["k"] for x in front[:2]), front[2])
+        attend = {"ring": ring_attention, "gather": gathered_attention}[exchange]
+        o = attend(Attention(_grouped(q, k.shape[2]), k, v, query, key, front), settings)
+        return o.reshape(*q.shape[:3], -1)
+
+    specs, of_front = spread.of_arrays(call.arrays), None
+    if front is not None:
+        whole = PartitionSpec(spread.rows, None, *specs["k"][2:])
+        of_front = (whole, whole, PartitionSpec(spread.rows))
+    of_time = spread.of_documents
+    specs = (*(specs[name] for name in "qkv"), of_time, of_time, of_front)
+    run = spread.shard_map(shard, specs, spread.of_output)
+    o = run(call.arrays["q"], k, v, query, key, front)
+    if not causal:
+        return o, ()
+    start = call.start
+    o = _nan_without_room(o, query.rank - query.first, start, options)
+    return o, _final_state(call.arrays, start, call.docs, options)
 
 
 def _final_state(arrays: Inputs, cache: KVCache, docs: Documents | None, options: Options) -> KVCache:
@@ -435,6 +495,9 @@ SOFTMAX_ATTENTION = SeqOp(
     combine=_combine,
     apply=_apply,
     summary_kind="ring",
+    head_axes={"q": 2, "k": 2, "v": 2, "prefix_k": 1, "prefix_v": 1},
+    reach=_reach,
+    across=Across(("k", "v"), _across),
     examples=_examples,
     whole=_whole,
     # With a window the bytes are constant; without, they are those of the capacity.

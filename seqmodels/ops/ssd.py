@@ -45,6 +45,7 @@ def ssd(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Float[Array, "b t h p"], MatrixState]:
     """The state-space operator of Mamba-2, equations (1) and (2).
 
@@ -69,6 +70,7 @@ def ssd(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
         causal=causal,
     )
 
@@ -180,5 +182,6 @@ SSD = SeqOp(
     combine=_combine,
     apply=_apply,
     summary_kind="prefix",
+    head_axes={"x": 2, "dt": 2, "A": 0, "B": 2, "C": 2, "D": 0},
     examples=_examples,
 )

@@ -49,6 +49,7 @@ def wkv6(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Values, MatrixState]:
     """Linear attention that reads before it writes, equations (1) and (2).
 
@@ -73,6 +74,7 @@ def wkv6(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
         causal=causal,
     )
 
@@ -164,5 +166,6 @@ WKV6 = SeqOp(
     combine=_of_linear_attention(LINEAR_ATTENTION.combine),
     apply=_of_linear_attention(LINEAR_ATTENTION.apply),
     summary_kind="prefix",
+    head_axes={"q": 2, "k": 2, "v": 2, "g": 2, "u": 0},
     examples=_examples,
 )

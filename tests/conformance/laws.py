@@ -150,12 +150,13 @@ def check_summary(case: OpCase) -> None:
 
 def _documents_of_span(segment_ids: np.ndarray, start: int, end: int) -> Documents:
     """Documents of a span of a row, numbered from that of the last token before the span."""
-    index = np.zeros(segment_ids.shape, np.int32)
+    index, starts = np.zeros(segment_ids.shape, np.int32), np.zeros(segment_ids.shape, bool)
     for document in documents(segment_ids):
         if not document.first:
             index[document.row, document.places[0] :] += 1
+            starts[document.row, document.places[0]] = True
     before = index[:, start - 1 : start] if start else 0
-    return Documents(index[:, start:end] - before, segment_ids[:, start:end] != 0)
+    return Documents(index[:, start:end] - before, segment_ids[:, start:end] != 0, starts[:, start:end])
 
 
 def check_causality(case: Case) -> None:
