@@ -60,7 +60,12 @@ class Line(NamedTuple):
     def from_shard(self, tree: Any, place: int) -> Any:
         """What the shard at `place` has, to all."""
         here = self.rank() == place
-        return jax.tree.map(lambda x: jax.lax.psum(jnp.where(here, x, jnp.zeros_like(x)), TIME_AXIS), tree)
+
+        def send(x: Array) -> Array:
+            # A sum of truth values is an integer.
+            return jax.lax.psum(jnp.where(here, x, jnp.zeros_like(x)), TIME_AXIS).astype(x.dtype)
+
+        return jax.tree.map(send, tree)
 
 
 class Packing:
