@@ -12,8 +12,9 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far longer than they compute. This drops optimisation of machine code, not of the program: sums
-# keep their order and precision. Programs are kept for the next run.
-flags = ["--xla_backend_optimization_level=0"]
+# keep their order and precision. Programs are kept for the next run. Eight devices, for meshes; what has no mesh runs
+# on the first.
+flags = ["--xla_backend_optimization_level=0", "--xla_force_host_platform_device_count=8"]
 if version("jaxlib").startswith("0.10."):
     # The older of two code generators, which takes half the time. Later versions have one, and abort at this flag.
     flags.append("--xla_cpu_use_fusion_emitters=false")

@@ -34,6 +34,26 @@ class Cursor(NamedTuple):
     position: Array
 
 
+class Layout(NamedTuple):
+    """The documents of a span, worked out once for all layers of a stack.
+
+    documents   as operators take them
+    places      [b, t] int32, the place of each token in its document; those of padding have no meaning
+    """
+
+    segment_ids: SegmentIds
+    documents: _scan.Documents
+    places: Array
+
+
+def lay_out(segment_ids: SegmentIds, cursor: Cursor | None = None) -> Layout:
+    """The layout of a span that goes on from `cursor`; None for a new stream."""
+    if cursor is None:
+        cursor = start_cursor(segment_ids.shape[0])
+    docs = _scan.documents(segment_ids, cursor.segment_id)
+    return Layout(segment_ids, docs, _scan.places(docs, cursor.position))
+
+
 class Stream:
     """One span of a stream: hands every operator its state at the start, and keeps its state at the end.
 
@@ -43,7 +63,7 @@ class Stream:
     def __init__(
         self,
         state: MixerState | None,
-        segment_ids: SegmentIds | None,
+        segment_ids: SegmentIds | Layout | None,
         batch: int,
         length: int,
         causal: bool = True,
@@ -51,15 +71,15 @@ class Stream:
         self._before = state or {}
         self._how = {} if causal else {"causal": False}
         self._after: MixerState = {}
-        zero = jnp.zeros(batch, jnp.int32)
-        cursor = self._cursor = self._before.get("cursor", Cursor(zero, zero))
+        cursor = self._cursor = self._before.get("cursor", start_cursor(batch))
         if segment_ids is None:
             self.documents = None
             self.positions = cursor.position[:, None] + jnp.arange(length)
             self._after["cursor"] = Cursor(cursor.segment_id, cursor.position + length)
             return
-        docs = self.documents = _scan.documents(segment_ids, cursor.segment_id)
-        self.positions = _scan.places(docs, cursor.position)
+        layout = segment_ids if isinstance(segment_ids, Layout) else lay_out(segment_ids, cursor)
+        segment_ids, docs, self.positions = layout
+        self.documents = docs
         last = jnp.argmax(jnp.where(docs.real, jnp.arange(length), -1), axis=1)
         last_id = jnp.take_along_axis(segment_ids, last[:, None], axis=1)[:, 0]
         self._after["cursor"] = Cursor(
@@ -106,7 +126,8 @@ class Mixer(nn.Module):
 
     Called with x [b, t, d_model], the state that an earlier call returned (None: a new stream), and segment_ids [b, t]
     (None: one document; 0 is padding). Returns y [b, t, d_model] and the state after the span. A document that goes on
-    in the next span keeps its id; a new id starts afresh.
+    in the next span keeps its id; a new id starts afresh. At the start of a stream the `Layout` of the ids, which a stack
+    works out once, may stand for them.
 
     With context [b, s, d_model] it is a layer of cross-attention, where its operator has one (`cross`): queries are
     those of x, keys and values those of the context, and every token sees the whole context, or with
@@ -162,7 +183,7 @@ class Mixer(nn.Module):
         self,
         x: Activations,
         state: MixerState | None = None,
-        segment_ids: SegmentIds | None = None,
+        segment_ids: SegmentIds | Layout | None = None,
         context: Activations | None = None,
         context_segment_ids: SegmentIds | None = None,
     ) -> tuple[Activations, MixerState]:

@@ -10,16 +10,23 @@ import jax.numpy as jnp
 from seqmodels import registry
 from seqmodels.errors import InputError, nearest
 from seqmodels.layers import Mixer, SwiGLU, make_norm
-from seqmodels.layers._mixer import MixerState
+from seqmodels.layers._mixer import Layout, MixerState, lay_out
 from seqmodels.notation import Activations, Array, SegmentIds
+from seqmodels.ops._exchange import EXCHANGED
 
 MixerName = str | Callable[..., Mixer] | tuple[str | Callable[..., Mixer], ...]
 Scales = tuple[float, float]
 
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+# What shards of the time axis have exchanged is kept in any case: to exchange it again costs more than its memory.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+    name: jax.checkpoint_policies.save_from_both_policies(
+        policy, jax.checkpoint_policies.save_only_these_names(EXCHANGED)
+    )
+    for name, policy in {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_saveable,
+        "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }.items()
 }
 
 
@@ -41,7 +48,7 @@ class ParallelMixers(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Activations, state: MixerState | None = None, segment_ids: SegmentIds | None = None
+        self, x: Activations, state: MixerState | None = None, segment_ids: SegmentIds | Layout | None = None
     ) -> tuple[Activations, MixerState]:
         if state and set(state) != set(self.mixers):
             raise InputError(f"ParallelMixers: state is of {sorted(state)}; expected {sorted(self.mixers)}")
@@ -105,7 +112,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Activations, state: MixerState | None, layer_index: int | Array, segment_ids: SegmentIds | None
+        self, x: Activations, state: MixerState | None, layer_index: int | Array, segment_ids: SegmentIds | Layout | None
     ) -> tuple[Activations, MixerState]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"epsilon": self.norm_eps, **dtypes}
@@ -131,7 +138,7 @@ class _Group(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x: Activations, inputs: tuple, segment_ids: SegmentIds | None):
+    def __call__(self, x: Activations, inputs: tuple, segment_ids: SegmentIds | Layout | None):
         states, first_index = inputs
         constructor = Block
         if self.remat != "none":
@@ -225,6 +232,9 @@ class Stack(nn.Module):
         fields = {"blocks": self.blocks(), "remat": self.remat}
         length, rounds = self.round_length, self.rounds
         first = jnp.arange(rounds) * length
+        layout = segment_ids
+        if segment_ids is not None and state is None and self.causal:
+            layout = lay_out(segment_ids)
         before, last = (None, None) if state is None else (state[:length], state[length:])
         if self.scan:
             scanned = nn.scan(
@@ -234,16 +244,16 @@ class Stack(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=rounds,
             )
-            x, after = scanned(**fields, name="rounds")(x, (before, first), segment_ids)
+            x, after = scanned(**fields, name="rounds")(x, (before, first), layout)
         else:
             each = []
             for i in range(rounds):
                 one = jax.tree.map(lambda leaf, i=i: leaf[i], before)
-                x, states = _Group(**fields, name=f"round_{i}")(x, (one, first[i]), segment_ids)
+                x, states = _Group(**fields, name=f"round_{i}")(x, (one, first[i]), layout)
                 each.append(states)
             after = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
         if self.remainder:
             fields["blocks"] = fields["blocks"][: self.remainder]
-            x, states = _Group(**fields, name="remainder")(x, (last, rounds * length), segment_ids)
+            x, states = _Group(**fields, name="remainder")(x, (last, rounds * length), layout)
             after += states
         return x, after

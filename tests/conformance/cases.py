@@ -61,10 +61,17 @@ OPTIONAL_FIELDS = {
 
 
 class Variant(NamedTuple):
-    """A form and the length of its chunks."""
+    """A form, the length of its chunks, and how shards of the time axis exchange what they need."""
 
     form: str
     chunk_size: int | None = None
+    exchange: str = "auto"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Operators need not take `exchange`."""
+        chosen = {} if self.exchange == "auto" else {"exchange": self.exchange}
+        return {"form": self.form, "chunk_size": self.chunk_size, **chosen}
 
 
 RECURRENT = Variant("recurrent")
@@ -280,8 +287,7 @@ class OpCase(Case):
                 **self.options,
                 initial_state=state,
                 segment_ids=segment_ids,
-                form=variant.form,
-                chunk_size=variant.chunk_size,
+                **variant.arguments,
             )
 
 
@@ -323,7 +329,7 @@ class LayerCase(Case):
         self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any
     ) -> tuple[jax.Array, State]:
         x = arrays["x"]
-        layer = self.layer(dtype=x.dtype, form=variant.form, chunk_size=variant.chunk_size)
+        layer = self.layer(dtype=x.dtype, **variant.arguments)
         return layer.apply(arrays["variables"], x, state, segment_ids)
 
 
@@ -334,7 +340,8 @@ class EncoderCase(LayerCase):
         super().__init__(name, entry, {"causal": False})
 
     def is_asked(self, law: str) -> bool:
-        return law in ("forms", "documents", "padding", "both sides", "precision", "jit")
+        asked = ("forms", "documents", "padding", "both sides", "precision", "jit", "devices", "more meshes")
+        return law in asked
 
     def fresh(self, arrays: Inputs, capacity: int = TOKENS_BEFORE + LENGTH) -> State:
         return {}

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
+from seqmodels.notation import MESH_AXES
 from seqmodels.ops._kv_cache import KVCache
 from seqmodels.ops._scan import Documents
 from tests.conformance.cases import (
@@ -43,6 +45,8 @@ from tests.conformance.layouts import (
     LAYOUTS,
     LENGTH,
     LONG,
+    MESHES,
+    MORE_MESHES,
     PACKED,
     PADDED,
     THIRDS,
@@ -389,7 +393,29 @@ def check_jit(case: Case) -> None:
         assert_close(eager, compiled, TOLERANCES["jit"], f"{case}, {variant}: ")
 
 
-# Kernels (law 6) and meshes (law 7) have suites of their own.
+def check_devices(case: Case, meshes: Iterable[tuple[int, ...]] = MESHES, exchange: str = "auto") -> None:
+    """Law 7. On a mesh of devices, whatever its axes: the same outputs, final state and gradients as on one device."""
+    with case.precisely():
+        span, variant = case.span(case.exact), Variant("chunked", CHUNK, exchange)
+        starts = {"no segment ids": None, "packed": span.state, "padded": span.state}
+        for layout, state in starts.items():
+            marked = Span(span.arrays, state, LAYOUTS.get(layout))
+            expected = case.outcome(RECURRENT, marked, *weights(LENGTH))
+            for sizes in meshes:
+                mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+                with jax.set_mesh(mesh):
+                    on_devices = case.differentiated(variant)(marked, *weights(LENGTH))
+                name = f"{case}, {variant}, {layout}, on {dict(mesh.shape)}: "
+                assert on_devices.o.sharding.num_devices == mesh.size, f"{name}the outputs are on one device"
+                _assert_same(jax.device_get(on_devices), expected, case.tolerance, name)
+
+
+def check_more_devices(case: Case) -> None:
+    """Law 7 on other meshes."""
+    check_devices(case, MORE_MESHES)
+
+
+# Kernels (law 6) have a suite of their own.
 OP_LAWS: dict[str, Callable[[OpCase], None]] = {
     "forms": check_forms,
     "split": check_split,
@@ -401,6 +427,8 @@ OP_LAWS: dict[str, Callable[[OpCase], None]] = {
     "precision": check_precision,
     "extremes": check_extremes,
     "jit": check_jit,
+    "devices": check_devices,
+    "more meshes": check_more_devices,
 }
 LAYER_LAWS: dict[str, Callable[[LayerCase], None]] = {
     "forms": check_forms,
@@ -413,6 +441,8 @@ LAYER_LAWS: dict[str, Callable[[LayerCase], None]] = {
     "start": check_start,
     "precision": check_precision,
     "jit": check_jit,
+    "devices": check_devices,
+    "more meshes": check_more_devices,
 }
 
 

@@ -42,6 +42,10 @@ WHOLE = np.ones((BATCH, LENGTH), int)
 EVERY_TOKEN = np.tile(np.arange(1, LENGTH + 1), (BATCH, 1))
 LAYOUTS = {"one document": WHOLE, "packed": PACKED, "padded": PADDED, "a document per token": EVERY_TOKEN}
 
+# Devices along the axes data, fsdp, seq, tensor. 30 tokens do not divide into 4 or 8 shards.
+MESHES = ((1, 1, 8, 1), (1, 2, 2, 2))
+MORE_MESHES = ((1, 1, 2, 1), (1, 1, 4, 1), (2, 2, 2, 1), (2, 2, 1, 2))
+
 THIRDS = (10, 10, 10)
 SPLITS = ((1, 29), (29, 1), THIRDS, (7, 8, 7, 8))
 DECODE = (10, *(1,) * 20)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from seqmodels.notation import Activations, Array, SegmentIds
 from seqmodels.ops import _dispatch
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
-from seqmodels.ops._scan import Documents, starts, state_dtype
+from seqmodels.ops._scan import Documents, state_dtype
 
 
 def moving_average(
@@ -59,7 +59,7 @@ def _spans(arrays: Inputs, docs: Documents | None) -> tuple[Array, Array]:
     add = -jnp.expm1(g) * x.astype(keep.dtype)
     if docs is not None:
         real = docs.real[..., None]
-        keep = jnp.where(starts(docs)[..., None], 0, jnp.where(real, keep, 1))
+        keep = jnp.where(docs.starts[..., None], 0, jnp.where(real, keep, 1))
         add = jnp.where(real, add, 0)
 
     def follow(earlier: tuple, later: tuple) -> tuple:
