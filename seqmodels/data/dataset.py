@@ -9,14 +9,18 @@ A batch is a dictionary of arrays. `B` is this process's share of the global bat
 
 Rows flow through one pipeline, whatever they are made from:
 
-    rows (shuffled, repeated, every process takes every n-th)  ->  batches  ->  transforms  ->  the keys above
+    rows (shuffled, repeated)  ->  batches, of which a process takes its part  ->  transforms  ->  the keys above
 
-The pipeline is a Grain one, without worker processes, so its whole position is a small JSON-able state.
+The pipeline is a Grain one, without worker processes, so its whole position is a small JSON-able state. Rows and batches
+are those of the whole job, however many processes share them: the position of one job is that of another with more or
+fewer processes. A process reads its own rows alone, but where documents are packed: what a row holds then depends on all
+before it, and every process packs all.
 """
 
 import abc
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -57,10 +61,8 @@ class Dataset(abc.ABC):
         return type(self).__name__
 
     @abc.abstractmethod
-    def training_rows(
-        self, seq_len: int, seed: int, process_index: int, process_count: int
-    ) -> grain.MapDataset | grain.IterDataset:
-        """Rows without end, shuffled anew every epoch; process i of n takes every n-th from the i-th on."""
+    def training_rows(self, seq_len: int, seed: int) -> grain.MapDataset | grain.IterDataset:
+        """Rows without end, shuffled anew every epoch."""
 
     @abc.abstractmethod
     def evaluation_rows(self, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
@@ -81,7 +83,8 @@ class Dataset(abc.ABC):
         `set_state()` continues with the very batch that would have come next; so does
         `grain.checkpoint.CheckpointSave` with Orbax.
 
-        batch_size: rows of the global batch; each process gets `batch_size // process_count` of them.
+        batch_size: rows of the global batch.
+        process_index, process_count: take the i-th of n equal parts of every batch, `batch_size // n` rows in a row.
         seed: 0 to 2**32 - 1; fixes the order.
         transforms: applied to each batch in order; None means `default_transforms`.
         """
@@ -89,8 +92,14 @@ class Dataset(abc.ABC):
         if not 0 <= seed <= MAX_SEED:
             raise InputError(f"the data seed is {seed}; expected 0 to {MAX_SEED}")
         transforms = self._transforms(transforms)
-        rows = self.training_rows(seq_len, seed, process_index, process_count)
-        batches = rows.batch(batch_size // process_count, drop_remainder=True)
+        rows, size = self.training_rows(seq_len, seed), batch_size // process_count
+        first = process_index * size
+        if isinstance(rows, grain.MapDataset):
+            rows = rows if process_count == 1 else _PartsOfBatches(rows, batch_size, first, size)
+            batches = rows.batch(size, drop_remainder=True)
+        else:
+            batches = rows.batch(batch_size, drop_remainder=True)
+            batches = batches.map(lambda batch: {key: array[first : first + size] for key, array in batch.items()})
         batches = batches.map(lambda batch: apply_transforms(batch, transforms))
         if isinstance(batches, grain.MapDataset):
             batches = batches.to_iter_dataset(read_ahead(self.reader_threads))
@@ -126,14 +135,29 @@ class Dataset(abc.ABC):
         while group := list(itertools.islice(rows, batch_size)):
             batch = {key: np.stack([row[key] for row in group]) for key in group[0]}
             batch = apply_transforms(batch, transforms)
-            missing = batch_size - len(group)
-            yield {
-                key: np.pad(array, [(0, missing), (0, 0)])[process_index::process_count]
-                for key, array in batch.items()
-            }
+            missing, size = batch_size - len(group), batch_size // process_count
+            own = slice(process_index * size, (process_index + 1) * size)
+            yield {key: np.pad(array, [(0, missing), (0, 0)])[own] for key, array in batch.items()}
 
     def _transforms(self, transforms: Sequence[Transform] | None) -> tuple[Transform, ...]:
         return self.default_transforms if transforms is None else tuple(transforms)
+
+
+class _PartsOfBatches(grain.MapDataset):
+    """Of every `batch_size` rows those from place `first` on, `size` of them."""
+
+    def __init__(self, rows: grain.MapDataset, batch_size: int, first: int, size: int):
+        super().__init__(rows)
+        self._batch_size, self._first, self._size = batch_size, first, size
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * self._size
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, self._size)
+        return self._parent[batch * self._batch_size + self._first + place]
 
 
 def apply_transforms(batch: Batch, transforms: Iterable[Transform]) -> Batch:

@@ -57,16 +57,12 @@ class MQAR(Dataset):
         if self.seed < 0:
             raise InputError(f"MQAR: seed is {self.seed}; expected 0 or more")
 
-    def training_rows(
-        self, seq_len: int, seed: int, process_index: int, process_count: int
-    ) -> grain.MapDataset | grain.IterDataset:
+    def training_rows(self, seq_len: int, seed: int) -> grain.MapDataset | grain.IterDataset:
         if self.num_train_examples is None:
-            rows = grain.MapDataset.source(_Examples(self, seq_len, (TRAIN_STREAM, seed + 1), sys.maxsize))
-        else:
-            source = _Examples(self, seq_len, (TRAIN_STREAM, 0), self.num_train_examples)
-            order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-            rows = grain.MapDataset.source(source).shuffle(order_seed).repeat()
-        return rows[process_index::process_count]
+            return grain.MapDataset.source(_Examples(self, seq_len, (TRAIN_STREAM, seed + 1), sys.maxsize))
+        source = _Examples(self, seq_len, (TRAIN_STREAM, 0), self.num_train_examples)
+        order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        return grain.MapDataset.source(source).shuffle(order_seed).repeat()
 
     def evaluation_rows(self, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
         examples = _Examples(self, seq_len, (TEST_STREAM, 0), self.num_test_examples)

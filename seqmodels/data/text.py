@@ -118,34 +118,29 @@ class TextData(Dataset):
             )
         return {side: TokensOnDisk(folder, manifest, side) for side in (TRAIN, HELD_OUT)}
 
-    def training_rows(
-        self, seq_len: int, seed: int, process_index: int, process_count: int
-    ) -> grain.MapDataset | grain.IterDataset:
-        return self._rows(TRAIN, seq_len, seed, process_index, process_count)
+    def training_rows(self, seq_len: int, seed: int) -> grain.MapDataset | grain.IterDataset:
+        return self._rows(TRAIN, seq_len, seed)
 
     def evaluation_rows(self, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
         return iter(self._rows(HELD_OUT, seq_len, EVALUATION_SEED))
 
-    def _rows(
-        self, side: str, seq_len: int, seed: int, process_index: int = 0, process_count: int = 1
-    ) -> grain.MapDataset | grain.IterDataset:
+    def _rows(self, side: str, seq_len: int, seed: int) -> grain.MapDataset | grain.IterDataset:
         # Grain shuffles epoch e with seed + e: seeds as they come would make one run's epoch another run's.
         order_seed, row_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
         cut = Windows if self._packing == "concatenate" else Pieces
         rows = grain.MapDataset.source(cut(self.splits[side], seq_len)).shuffle(order_seed)
         if side == TRAIN:
             rows = rows.repeat()
-        # Repeated before it is shared out: the processes stay in step when an epoch does not divide evenly.
         if self._packing == "concatenate":
-            return rows.random_map(self._complete_row, seed=row_seed)[process_index::process_count]
+            return rows.random_map(self._complete_row, seed=row_seed)
         packed = grain.experimental.FirstFitPackIterDataset(
-            rows[process_index::process_count].to_iter_dataset(read_ahead(self.reader_threads)),
+            rows.to_iter_dataset(read_ahead(self.reader_threads)),
             length_struct={"tokens": seq_len + 1},
             num_packing_bins=PACKING_BINS,
             seed=order_seed,
             padding_struct={"tokens": PADDING},
         )
-        return packed.random_map(self._complete_row, seed=(row_seed + process_index) % 2**32)
+        return packed.random_map(self._complete_row, seed=row_seed)
 
     def _complete_row(self, row: dict[str, np.ndarray], random: np.random.Generator) -> dict[str, np.ndarray]:
         """Add what transforms draw on (see `seqmodels.data.transforms`), and drop Grain's names."""

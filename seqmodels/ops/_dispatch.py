@@ -50,7 +50,7 @@ def run(
         raise InputError(f"{op.name}: backend={backend!r} does not exist for it; {nearest(backend, valid)}")
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"{op.name}: chunk_size={chunk_size}; expected a positive number of tokens")
-    _sequence_parallel.check_exchange(op, exchange)
+    _sequence_parallel.check_exchange(op, arrays, options, exchange)
     batch, length = arrays[op.time_args[0]].shape[:2]
     if length == 0:
         raise InputError(f"{op.name}: {op.time_args[0]} has no positions; expected a span of at least one token")

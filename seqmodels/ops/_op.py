@@ -80,8 +80,8 @@ class SeqOp:
                     "relay" the exact state, handed on
     head_axes       array argument -> its axis of heads, or of channels that do not mix; those that are missing have none.
                     A device may have some of the heads. (Of an argument that is a tree: the axis of every array in it)
-    reach           (arrays, options) -> how many positions the state looks back, None for no limit; None for operators
-                    that have no limit in any case
+    reach           (arrays, options) -> how many positions the state looks back, None where it grows with them; None for
+                    operators that have no limit in any case
     across          "ring": what the operator does in place of summaries
     examples        (key, batch, length) -> examples by name
     state_grows     whether the state's bytes depend on the number of tokens seen

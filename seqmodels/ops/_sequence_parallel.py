@@ -44,10 +44,10 @@ RING_ABOVE = 2**28
 RunHere = Callable[[Inputs, Documents | None, State | None], tuple[Array, State]]
 
 
-def exchanges(op: SeqOp) -> tuple[str, ...]:
+def exchanges(op: SeqOp, arrays: Inputs, options: Options) -> tuple[str, ...]:
     """The ways in which shards of this operator can exchange what they need."""
     found = list(SUMMARIES) if op.summary_kind in ("prefix", "halo") else []
-    if op.reach is not None:
+    if op.reach is not None and op.reach(arrays, options) is not None:
         found.append("halo")
     if op.across is not None:
         found += ["ring", "gather"]
@@ -56,9 +56,9 @@ def exchanges(op: SeqOp) -> tuple[str, ...]:
     return (*found, "relay")
 
 
-def check_exchange(op: SeqOp, exchange: str) -> None:
-    """Raise InputError where the operator has no such exchange."""
-    valid = ("auto", *exchanges(op))
+def check_exchange(op: SeqOp, arrays: Inputs, options: Options, exchange: str) -> None:
+    """Raise InputError where the operator has no such exchange for these arguments."""
+    valid = ("auto", *exchanges(op, arrays, options))
     if exchange not in valid:
         raise InputError(f"{op.name}: exchange={exchange!r} does not exist for it; {nearest(exchange, valid)}")
 
@@ -184,9 +184,13 @@ class Call(NamedTuple):
         return self.arrays[self.op.time_args[0]].shape[1] // self.line.size
 
     @property
-    def neighbour_is_enough(self) -> bool:
+    def looks_back_one_shard(self) -> bool:
         reach = None if self.op.reach is None else self.op.reach(self.arrays, self.options)
-        return self.full is not None and not self.line.backwards and reach is not None and reach <= self.length
+        return reach is not None and reach <= self.length
+
+    @property
+    def neighbour_is_enough(self) -> bool:
+        return self.full is not None and not self.line.backwards and self.looks_back_one_shard
 
     @property
     def fresh(self) -> State:
@@ -242,7 +246,7 @@ def _choose(call: Call, spread: Spread, causal: bool) -> str:
         split = spread.mesh.n_heads if spread.head_axis else 1
         split *= spread.mesh.n_rows if spread.rows else 1
         return "doubling" if call.line.size * bytes_of(summary) / split > DOUBLING_ABOVE else "prefix"
-    if op.summary_kind == "halo" or (call.neighbour_is_enough and causal):
+    if op.summary_kind == "halo" or (causal and call.looks_back_one_shard):
         return "halo"
     if op.summary_kind == "ring":
         keys_and_values = bytes_of([call.arrays[name] for name in op.across.gathered])
@@ -395,13 +399,13 @@ def head_counts(op: SeqOp, arrays: Inputs) -> dict[str, int]:
 def check_heads(op: SeqOp, counts: dict[str, int], heads: int, parts: int, what: str) -> dict[str, int]:
     """The names, with their heads, of arrays with fewer heads than parts; each part needs one of those."""
     if heads % parts:
-        raise InputError(f"{op.name}: {heads} heads do not split over {what} = {parts}; expected a multiple of {parts}")
+        raise InputError(f"{op.name}: {what} = {parts} does not split heads: {heads}; expected a multiple of {parts}")
     grouped = {name: n for name, n in counts.items() if n % parts}
     for name, n in grouped.items():
         if parts % n:
             raise InputError(
-                f"{op.name}: {name} has {n} heads, which do not split over {what} = {parts}; expected a multiple or a "
-                f"divisor of {parts}"
+                f"{op.name}: {what} = {parts} does not split the heads of {name}: {n}; expected a multiple or a divisor of "
+                f"{parts}"
             )
     return grouped
 

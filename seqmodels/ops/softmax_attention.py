@@ -26,6 +26,7 @@ computes it where it can (_splash_attention.py).
 Positions enter through the mask alone; layers that rotate queries and keys do so before.
 """
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -369,8 +370,8 @@ def _parallel(
 
 
 def _reach(arrays: Inputs, options: Options) -> int | None:
-    """A window looks back so far; sinks and full attention to the start."""
-    return None if options.get("sinks", 0) else options.get("window")
+    """A window looks back so far; with sinks to the start, though what it keeps has a fixed size."""
+    return sys.maxsize if options.get("sinks", 0) else options.get("window")
 
 
 def _across(call: Call, spread: Spread, exchange: str, causal: bool) -> tuple[Array, KVCache]:

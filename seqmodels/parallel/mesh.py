@@ -1,4 +1,4 @@
-"""The device mesh, and how a batch and a state lie on it.
+"""The device mesh, and how a batch lies on it.
 
 Every program of this package runs on one mesh with the same four axes, whatever their sizes:
 
@@ -6,38 +6,62 @@ Every program of this package runs on one mesh with the same four axes, whatever
     fsdp     the batch is split, and parameters with it
     seq      the time axis is split
     tensor   heads and features are split
+
+Where devices come in slices with a slow network between them, slices are the outer part of `data`: only gradients,
+summed once per update, cross it.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seqmodels.errors import InputError
+from seqmodels.notation import MESH_AXES, ROW_AXES, TIME_AXIS
 
-AXES = ("data", "fsdp", "seq", "tensor")
 
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    seq: int = 1,
+    tensor: int = 1,
+    *,
+    slices: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh over `devices`, None for all devices of all processes; one axis may be -1 and takes the devices that the
+    others leave.
 
-def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices of all processes; one axis may be -1 and takes the devices that the others
-    leave.
+    slices: groups of devices with a slow network between them: TPU slices, or else as many equal parts of `devices` as
+        they come. They split `data`.
 
-    Raises `InputError` when the sizes do not multiply to the number of devices.
+    Raises `InputError` when the sizes do not multiply to the number of devices, or slices do not divide `data`.
     """
-    sizes, devices = [data, fsdp, seq, tensor], jax.device_count()
-    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, count = [data, fsdp, seq, tensor], len(devices)
+    asked = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise InputError(f"mesh ({asked}): sizes are positive, and at most one of them is -1")
     known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if math.prod(sizes) != devices:
-        raise InputError(
-            f"mesh ({asked}) does not fit {devices} devices: the sizes must multiply to {devices}"
-        )
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count:
+        raise InputError(f"mesh ({asked}) does not fit {count} devices: the sizes must multiply to {count}")
+    if slices < 1 or sizes[0] % slices:
+        raise InputError(f"mesh ({asked}): slices={slices} does not divide data={sizes[0]}")
     # Auto axes: the default (Explicit) refuses the partitioning annotations of linen modules.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    inner = (sizes[0] // slices, *sizes[1:])
+    if len({getattr(device, "slice_index", None) for device in devices}) == slices:
+        placed = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices)
+    else:
+        placed = np.array(devices).reshape(sizes)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -45,15 +69,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [B, T, ...]."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES, TIME_AXIS))
+
+
 def batch_shards(mesh: Mesh) -> int:
     """How many pieces the batch axis is cut into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def rows_of_process(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): the devices of this process need the i-th of n equal parts of every batch's rows.
+
+    Processes whose devices split time or features alone need the same rows. Where a process would need rows from several
+    parts it reads all of them, (0, 1).
+    """
+    shards = batch_shards(mesh)
+    indices = NamedSharding(mesh, PartitionSpec(ROW_AXES)).addressable_devices_indices_map((shards,))
+    places = {index[0].indices(shards)[0] for index in indices.values()}
+    first, count = min(places), max(places) - min(places) + 1
+    if shards % count or first % count:
+        return 0, 1
+    return first // count, shards // count
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch, made of the part `[B / processes, T, ...]` that each process has read."""
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq"))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
-        for name, rows in batch.items()
-    }
+    """The global batch, of the part `[B / n, T, ...]` of it that each process has read: see `rows_of_process`."""
+    part, parts = rows_of_process(mesh)
+    sharding = batch_sharding(mesh)
+
+    def place(rows: np.ndarray) -> jax.Array:
+        first = part * len(rows)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(parts * len(rows))
+            return rows[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback((parts * len(rows), *rows.shape[1:]), sharding, shard)
+
+    return {name: place(np.asarray(rows)) for name, rows in batch.items()}

@@ -451,12 +451,15 @@ def _compare(folder: epath.Path, saved: Mapping[str, Mapping], wanted: Mapping[s
 
 def _move(data_iterator: DataIterator, record: Mapping, folder: epath.Path) -> None:
     positions = record["positions"]
-    if len(positions) != jax.process_count():
+    if len(positions) == jax.process_count():
+        position = positions[jax.process_index()]
+    elif all(position == positions[0] for position in positions):
+        position = positions[0]
+    else:
         raise InputError(
-            f"checkpoint {folder} has the data position of {len(positions)} processes; this job has "
+            f"checkpoint {folder} has different data positions of {len(positions)} processes; this job has "
             f"{jax.process_count()}: start it with as many as before"
         )
-    position = positions[jax.process_index()]
     if position is None:
         raise InputError(f"checkpoint {folder} was saved without a data position")
     try:

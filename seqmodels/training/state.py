@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from seqmodels.parallel.mesh import replicated
+from seqmodels.parallel.partition import PartitionRules, partition, partition_like
 
 
 @flax.struct.dataclass
@@ -40,21 +41,38 @@ def create_state(
     seq_len: int,
     seed: int,
     mesh: Mesh,
+    rules: PartitionRules = (),
     params: Any = None,
 ) -> TrainState:
-    """A fresh state, made on the devices and already laid out on the mesh; `params` instead of random ones."""
-    make = jax.jit(_state_maker(model, transform, seq_len), out_shardings=replicated(mesh))
+    """A fresh state, made on the devices and already laid out on the mesh by `rules`; `params` instead of random
+    ones."""
+    shapes = state_shapes(model, transform, seq_len=seq_len, mesh=mesh, rules=rules)
+    make = jax.jit(_state_maker(model, transform, seq_len), out_shardings=shardings_of(shapes))
     return make(jax.random.key(seed), params)
 
 
 def state_shapes(
-    model: nn.Module, transform: optax.GradientTransformation, *, seq_len: int, mesh: Mesh
+    model: nn.Module,
+    transform: optax.GradientTransformation,
+    *,
+    seq_len: int,
+    mesh: Mesh,
+    rules: PartitionRules = (),
 ) -> TrainState:
     """What `create_state` would return, as `jax.ShapeDtypeStruct`s with shardings: the target of a
     restore."""
     shapes = jax.eval_shape(_state_maker(model, transform, seq_len), jax.random.key(0))
-    sharding = replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    of_params = partition(shapes.params, mesh, rules)
+    everywhere = replicated(mesh)
+    shardings = TrainState(
+        everywhere, of_params, partition_like(shapes.opt_state, shapes.params, of_params, mesh), everywhere
+    )
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
+
+
+def shardings_of(state: TrainState) -> TrainState:
+    """Where the arrays of a state, or of its shapes, lie."""
+    return jax.tree.map(lambda x: x.sharding, state)
 
 
 def _state_maker(model, transform, seq_len):

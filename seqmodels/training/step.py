@@ -34,12 +34,14 @@ def make_train_step(
     learning_rates: optax.Schedule,
     *,
     mesh: Mesh,
+    state_shardings: TrainState | None = None,
     z_loss: float = 0.0,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepResult]]:
     """The jitted training step. It consumes (donates) the state that it is given.
 
     Args:
+        state_shardings: where the arrays of the state lie, before and after; None for whole on every device.
         z_loss: coefficient of the squared log-normaliser in what is minimised.
         accumulate: the batch is worked off in this many parts, one after the other, for the memory of one
             part. The result is that of the whole batch, whatever weight each part has. The batch size must be
@@ -94,4 +96,6 @@ def make_train_step(
         new_state = TrainState(state.step + 1, params, opt_state, state.key)
         return new_state, StepResult(metrics, gradient_norms)
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
+    everywhere = replicated(mesh)
+    of_state = everywhere if state_shardings is None else state_shardings
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(of_state, everywhere))

@@ -29,8 +29,10 @@ TOKENS_BEFORE = 5
 
 LAYER_WIDTH = 16
 
-# What a layer may break though its operator does not: the rest is left to `pytest -m slow`.
-PLAIN_LAYER_LAWS = frozenset({"forms", "split", "documents", "state", "start"})
+# What a layer may break though its operator does not: the rest is left to `pytest -m slow`. The first layer of an
+# operator is tried on more laws than the others.
+PLAIN_LAYER_LAWS = frozenset({"split", "documents", "state", "start"})
+PLAIN_FIRST_LAYER_LAWS = PLAIN_LAYER_LAWS | {"forms", "devices"}
 
 # Layers are tested as they are by default, and with those of these fields that they have.
 OPTIONAL_FIELDS = {
@@ -67,12 +69,6 @@ class Variant(NamedTuple):
     chunk_size: int | None = None
     exchange: str = "auto"
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Operators need not take `exchange`."""
-        chosen = {} if self.exchange == "auto" else {"exchange": self.exchange}
-        return {"form": self.form, "chunk_size": self.chunk_size, **chosen}
-
 
 RECURRENT = Variant("recurrent")
 
@@ -104,6 +100,7 @@ class Case:
     tolerance        entry of the table of tolerances for sameness in `exact`
     splits           lengths of the spans into which the split law cuts
     is_extreme       whether gates or scores are at the edge of their range
+    splits_heads     whether there are heads for two devices
     plain_laws       names of the laws that a plain run tries; the rest is left to `pytest -m slow`. None is all
     finds_starts     whether a document that starts with a span is told from one that goes on. An operator cannot
                      know: the state it is given belongs to the first document of the span
@@ -118,6 +115,7 @@ class Case:
     splits: tuple[tuple[int, ...], ...]
     finds_starts: bool
     is_extreme = False
+    splits_heads = True
     plain_laws: frozenset[str] | None = None
 
     def is_asked(self, law: str) -> bool:
@@ -287,7 +285,7 @@ class OpCase(Case):
                 **self.options,
                 initial_state=state,
                 segment_ids=segment_ids,
-                **variant.arguments,
+                **variant._asdict(),
             )
 
 
@@ -303,12 +301,18 @@ class LayerCase(Case):
     splits, finds_starts = (THIRDS, DECODE), True
     time_args, variants = ("x",), (Variant("chunked", CHUNK),)
 
-    def __init__(self, name: str, entry: Entry, fields: Mapping[str, Any]):
+    def __init__(
+        self, name: str, entry: Entry, fields: Mapping[str, Any], plain_laws: frozenset[str] = frozenset()
+    ):
         self.name, self.op, self.constructor, self.fields = name, entry.op, entry.layer, dict(fields)
-        self.plain_laws = frozenset() if fields else PLAIN_LAYER_LAWS
+        self.plain_laws = plain_laws
 
     def __repr__(self) -> str:
         return ", ".join([self.name, *(f"{name}={value}" for name, value in self.fields.items())])
+
+    @functools.cached_property
+    def splits_heads(self) -> bool:
+        return getattr(self.layer(), "num_heads", 2) % 2 == 0
 
     def layer(self, **fields: Any):
         return self.constructor(d_model=LAYER_WIDTH, **{**self.fields, **fields})
@@ -329,7 +333,7 @@ class LayerCase(Case):
         self, variant: Variant, arrays: Inputs, state: State, segment_ids: Any
     ) -> tuple[jax.Array, State]:
         x = arrays["x"]
-        layer = self.layer(dtype=x.dtype, **variant.arguments)
+        layer = self.layer(dtype=x.dtype, **variant._asdict())
         return layer.apply(arrays["variables"], x, state, segment_ids)
 
 
@@ -364,9 +368,11 @@ def op_cases(ops: Mapping[str, SeqOp]) -> list[OpCase]:
 
 def layer_cases(mixers: Mapping[str, Entry]) -> list[LayerCase]:
     """Every layer as it is by default, with its optional parts, and as an encoder's."""
-    found = []
+    found, seen = [], set()
     for name, entry in mixers.items():
-        found.append(LayerCase(name, entry, {}))
+        laws = PLAIN_LAYER_LAWS if entry.op.name in seen else PLAIN_FIRST_LAYER_LAWS
+        seen.add(entry.op.name)
+        found.append(LayerCase(name, entry, {}, laws))
         fields = {field: value for field, value in OPTIONAL_FIELDS.items() if field in entry.layer.__dataclass_fields__}
         if fields:
             found.append(LayerCase(name, entry, fields))

@@ -402,6 +402,7 @@ def check_devices(case: Case, meshes: Iterable[tuple[int, ...]] = MESHES, exchan
             marked = Span(span.arrays, state, LAYOUTS.get(layout))
             expected = case.outcome(RECURRENT, marked, *weights(LENGTH))
             for sizes in meshes:
+                sizes = sizes if case.splits_heads else (*sizes[:3], 1)
                 mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
                 with jax.set_mesh(mesh):
                     on_devices = case.differentiated(variant)(marked, *weights(LENGTH))

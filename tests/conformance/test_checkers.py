@@ -86,6 +86,10 @@ def with_state_in_bfloat16() -> SeqOp:
     )
 
 
+def with_summary(alter) -> SeqOp:
+    return dataclasses.replace(MOVING_AVERAGE, summarize=lambda *args: alter(*MOVING_AVERAGE.summarize(*args)))
+
+
 def state_of_all_outputs(o, state):
     return o, o
 
@@ -147,6 +151,8 @@ DEFECTS = {
     "a state that grows": ("state", NORMAL, altered_outcome(state_of_all_outputs)),
     "computed in bfloat16": ("precision", NORMAL, with_form(in_bfloat16)),
     "positive exponents": ("extremes", EXTREME, with_form(with_positive_exponents)),
+    "a summary without what was written": ("devices", NORMAL, with_summary(lambda keep, add: (keep, 0 * add))),
+    "a summary that forgets nothing": ("more meshes", NORMAL, with_summary(lambda keep, add: (1 + 0 * keep, add))),
     "another value when traced": ("jit", NORMAL, altered_outcome(other_when_traced)),
 }
 

@@ -27,6 +27,7 @@ def moving_average(
     form: str = "chunked",
     chunk_size: int | None = None,
     backend: str = "auto",
+    exchange: str = "auto",
 ) -> tuple[Activations, Float[Array, "b d"]]:
     """Equation (1). Returns the averages [b, t, d] in x's dtype and the last one, float32. Chunks have no effect."""
     return _dispatch.run(
@@ -38,6 +39,7 @@ def moving_average(
         form=form,
         chunk_size=chunk_size,
         backend=backend,
+        exchange=exchange,
     )
 
 
