@@ -21,7 +21,9 @@ from seqmodels.constructors import register_constructors
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART, run_main
 from seqmodels.evaluation.generation import Sampling, encode_prompt, generate, until_separator
 from seqmodels.models.accounting import flops_per_token, parameter_count
-from seqmodels.parallel.mesh import make_mesh
+from seqmodels.parallel.mesh import replicated, rows_of_process
+from seqmodels.parallel.partition import partition_table
+from seqmodels.parallel.start_up import add_arguments, start_processes
 from seqmodels.start_up import prepare_jax
 from seqmodels.training import (
     Checkpointer,
@@ -35,6 +37,7 @@ from seqmodels.training import (
     parameter_shapes,
     restore_parameters,
     say,
+    shardings_of,
     state_shapes,
     training_loop,
 )
@@ -72,10 +75,12 @@ def main(argv: list[str]) -> int:
         metavar="DIR",
         help="folder of the run; made when it is not there",
     )
+    add_arguments(parser)
     rest, overrides = config.split_overrides(argv)
     arguments = parser.parse_args(rest)
 
     prepare_jax()
+    start_processes(arguments)
     register_constructors()
     config.parse(arguments.config, overrides)
     with RunDirectory(arguments.run_dir, writer=jax.process_index() == 0) as run:
@@ -90,13 +95,15 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
         say(f"{run.path}: finished at step {run.finished['step']}, nothing left to do")
         return EXIT_DONE
 
-    mesh = make_mesh()
+    mesh = job.mesh.build()
     job.check_fits(mesh)
     devices = jax.devices()
     say(f"devices: {len(devices)} x {devices[0].device_kind}, in {jax.process_count()} process(es)")
+    if len(devices) > 1:
+        say(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}")
 
     data = job.data
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    processes = dict(zip(("process_index", "process_count"), rows_of_process(mesh)))
     say(f"data: {type(data).__name__}, {data.vocab_size:,} ids, batches of {job.batch_size} x {job.seq_len}")
     batches = data.train_batches(
         job.batch_size, job.seq_len, job.seed, transforms=job.transforms, **processes
@@ -110,17 +117,22 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     forward_flops = flops_per_token(model, job.seq_len)
     say(f"model: {parameter_count(parameters):,} parameters, {forward_flops:,.0f} FLOPs per token forward")
     transform = job.optimizer.build(parameters, job.steps)
+    layout = {"seq_len": job.seq_len, "mesh": mesh, "rules": job.mesh.rules}
+    shapes = state_shapes(model, transform, **layout)
 
     config.check_all_used()
     run.open(config.config_text())
     run.write_operative_config(config.operative_config())
     say(f"run directory: {run.path}")
+    if jax.process_index() == 0 and len(devices) > 1:
+        (run.path / "parameters.txt").write_text(partition_table(shapes.params, shardings_of(shapes.params)) + "\n")
 
     train_step = make_train_step(
         model,
         transform,
         job.optimizer.learning_rates(job.steps),
         mesh=mesh,
+        state_shardings=shardings_of(shapes),
         z_loss=job.z_loss,
         accumulate=job.accumulate,
     )
@@ -140,9 +152,7 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
         data=data.fingerprint,
     )
     with jax.set_mesh(mesh), checkpoints:
-        restored = checkpoints.restore(
-            state_shapes(model, transform, seq_len=job.seq_len, mesh=mesh), batches
-        )
+        restored = checkpoints.restore(shapes, batches)
         if restored:
             start, state = restored.step, restored.state
             say(f"continuing after step {start}")
@@ -151,9 +161,8 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
             state = create_state(
                 model,
                 transform,
-                seq_len=job.seq_len,
+                **layout,
                 seed=job.seed,
-                mesh=mesh,
                 params=starting_parameters(job, parameters),
             )
             say("starting; the first step takes longest, it is compiled")
@@ -190,7 +199,9 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     run.mark_finished(step, rows[-1] if rows else {})
     say(f"finished: step {step}, checkpoint and metrics are in {run.path}")
     if job.sample_tokens and data.tokenizer:
-        write_sample(job, state.params)
+        params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(state.params)
+        if jax.process_index() == 0:
+            write_sample(job, jax.tree.map(lambda x: x.addressable_data(0), params))
     return EXIT_DONE
 
 

@@ -5,7 +5,7 @@ from seqmodels.data import MQAR, TextData, mask_inputs, next_token_targets
 from seqmodels.layers import GLU, SGLU, GeGLU, MoE, SwiGLU
 from seqmodels.models import LanguageModel
 from seqmodels.registry import MIXERS
-from seqmodels.training import SGD, Adafactor, AdamW, Lion, TrainingJob
+from seqmodels.training import SGD, Adafactor, AdamW, DeviceMesh, Lion, TrainingJob
 
 
 def register_constructors() -> None:
@@ -14,5 +14,5 @@ def register_constructors() -> None:
     layers = [entry.layer for entry in MIXERS.values()] + [GLU, SwiGLU, GeGLU, SGLU, MoE]
     data = [TextData, MQAR, next_token_targets, mask_inputs]
     optimizers = [AdamW, Lion, Adafactor, SGD]
-    for constructor in [LanguageModel, *layers, *data, *optimizers]:
+    for constructor in [LanguageModel, DeviceMesh, *layers, *data, *optimizers]:
         config.register(constructor)

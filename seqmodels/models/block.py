@@ -13,6 +13,7 @@ from seqmodels.layers import Mixer, SwiGLU, make_norm
 from seqmodels.layers._mixer import Layout, MixerState, lay_out
 from seqmodels.notation import Activations, Array, SegmentIds
 from seqmodels.ops._exchange import EXCHANGED
+from seqmodels.ops._mesh import constrain
 
 MixerName = str | Callable[..., Mixer] | tuple[str | Callable[..., Mixer], ...]
 Scales = tuple[float, float]
@@ -146,7 +147,7 @@ class _Group(nn.Module):
         after = []
         for i, fields in enumerate(self.blocks):
             state = None if states is None else states[i]
-            x, state = constructor(**fields, name=f"block_{i}")(x, state, first_index + i, segment_ids)
+            x, state = constructor(**fields, name=f"block_{i}")(constrain(x), state, first_index + i, segment_ids)
             after.append(state)
         return x, tuple(after)
 

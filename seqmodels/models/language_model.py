@@ -11,6 +11,7 @@ from seqmodels.layers import SwiGLU, make_norm
 from seqmodels.layers._mixer import MixerState
 from seqmodels.models.block import MixerName, Scales, Stack
 from seqmodels.notation import Logits, SegmentIds, Tokens
+from seqmodels.ops._mesh import constrain
 
 
 class LanguageModel(nn.Module):
@@ -90,7 +91,7 @@ class LanguageModel(nn.Module):
         if tokens.ndim != 2:
             raise InputError(f"LanguageModel: tokens has shape {tokens.shape}; expected [batch, time]")
         x, state = self.stack(self.embedding_scale * self.embed(tokens), state, segment_ids)
-        x = self.final_norm(x)
+        x = self.final_norm(constrain(x))
         logits = (self.embed.attend(x) if self.tie_embeddings else self.lm_head(x)).astype(jnp.float32)
         if self.logit_cap is not None:
             logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)

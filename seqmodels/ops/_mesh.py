@@ -57,6 +57,15 @@ def is_spread() -> bool:
     return view() is not None
 
 
+def constrain(x: Array) -> Array:
+    """Activations [b, t, ...] split over rows and time, as far as these divide; unchanged where there is no mesh."""
+    mesh = view()
+    if mesh is None:
+        return x
+    time = TIME_AXIS if mesh.n_time > 1 and x.shape[1] % mesh.n_time == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.row_axes(x.shape[0]), time))
+
+
 def running(kind: str, x: Array, *, exclusive: bool = False) -> Array:
     """Of integers [b, t]: the "sum" or the "max" (at least 0) of what is up to each position, or the "last" of it that
     is not 0; exclusive: of what is before it.

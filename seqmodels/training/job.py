@@ -3,14 +3,48 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from seqmodels.data import Dataset
 from seqmodels.data.transforms import Transform
 from seqmodels.errors import InputError
-from seqmodels.parallel.mesh import batch_shards
+from seqmodels.notation import TIME_AXIS
+from seqmodels.parallel.mesh import batch_shards, make_mesh
+from seqmodels.parallel.partition import PartitionRules, check_rules
 from seqmodels.training.optimizer import AdamW, Optimizer
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceMesh:
+    """How the devices of a job divide its work; see `seqmodels.parallel.mesh`. The numbers are the same on any mesh, but
+    for rounding.
+
+    Args:
+        data, fsdp, seq, tensor: devices along each axis; one of them may be -1 for those that the others leave.
+        slices: groups of devices with a slow network between them, which split `data`.
+        rules: a table of (regular expression over a parameter's path, axes of its last dimensions), tried before
+            `seqmodels.parallel.partition.DEFAULT_RULES`.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    seq: int = 1
+    tensor: int = 1
+    slices: int = 1
+    rules: PartitionRules = ()
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over these devices, None for all; raises `InputError` where the sizes or the rules do not fit."""
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "seq", "tensor", "slices")}
+        try:
+            mesh = make_mesh(**sizes, devices=devices)
+        except InputError as error:
+            raise InputError(f"DeviceMesh: {error}") from None
+        check_rules(self.rules, mesh, "DeviceMesh.rules")
+        return mesh
+
 
 _POSITIVE = ("batch_size", "seq_len", "steps", "accumulate", "log_every", "keep")
 _POSITIVE_OR_NONE = ("eval_every", "eval_batches", "checkpoint_every")
@@ -25,6 +59,7 @@ class TrainingJob:
             a state.
         transforms: what makes training batches of the data's rows; None for the data's own. Evaluation keeps
             to those.
+        mesh: how the devices divide the work; all of them split the batch by default.
         batch_size: sequences per update, over all devices and processes.
         seq_len: tokens per sequence.
         steps: updates in the whole run; the schedule ends there.
@@ -47,6 +82,7 @@ class TrainingJob:
     data: Dataset
     transforms: Sequence[Transform] | None = None
     optimizer: Optimizer = dataclasses.field(default_factory=AdamW)
+    mesh: DeviceMesh = dataclasses.field(default_factory=DeviceMesh)
     batch_size: int = 8
     seq_len: int = 256
     steps: int = 1000
@@ -86,11 +122,21 @@ class TrainingJob:
             )
 
     def check_fits(self, mesh: Mesh) -> None:
-        """Raise `InputError` if the batch cannot be split evenly over the mesh and the accumulation."""
-        shards = batch_shards(mesh)
+        """Raise `InputError` if the batch, its length or the heads of the model cannot be split evenly over the mesh
+        and the accumulation. Nothing is compiled."""
+        shards, n_time = batch_shards(mesh), mesh.shape[TIME_AXIS]
         if self.batch_size % (shards * self.accumulate):
             raise InputError(
                 f"train.batch_size is {self.batch_size}: expected a multiple of {shards * self.accumulate} "
                 f"({shards} device{'s' if shards > 1 else ''} that split the batch, times train.accumulate = "
                 f"{self.accumulate})"
             )
+        if self.seq_len % n_time:
+            raise InputError(
+                f"train.seq_len is {self.seq_len}: expected a multiple of {n_time}, the devices that split time "
+                "(DeviceMesh.seq)"
+            )
+        if mesh.size > 1:
+            tokens = jax.ShapeDtypeStruct((self.batch_size, self.seq_len), jnp.int32)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                jax.eval_shape(self.model.init, jax.random.key(0), tokens)

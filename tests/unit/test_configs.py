@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from seqmodels import config
 from seqmodels.constructors import register_constructors
 from seqmodels.errors import InputError
-from seqmodels.parallel.mesh import AXES
+from seqmodels.notation import MESH_AXES
 from seqmodels.registry import MIXERS
 from seqmodels.training import TrainingJob, parameter_shapes
 
@@ -54,7 +54,7 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("file", [QUICKSTART, *EXPERIMENTS], ids=name)
 def test_experiment(file):
-    build(file).check_fits(AbstractMesh((1, 1, 1, 1), AXES))
+    build(file).check_fits(AbstractMesh((1, 1, 1, 1), MESH_AXES))
 
 
 @pytest.mark.parametrize("mixer", PARTS, ids=name)

@@ -226,6 +226,11 @@ def test_evaluation_is_always_the_same(data):
 # ---- processes ----
 
 
+def part_of(batch, index, count):
+    """The rows of the i-th of n processes: one part of the batch after the other."""
+    return {key: np.split(array, count)[index] for key, array in batch.items()}
+
+
 @pytest.mark.parametrize("process_count", [2, 3])
 @pytest.mark.parametrize("mask", [False, True])
 def test_shards_of_windows_make_up_the_global_batch(corpus, process_count, mask):
@@ -239,7 +244,7 @@ def test_shards_of_windows_make_up_the_global_batch(corpus, process_count, mask)
     steps = 3 * len(data.splits[TRAIN]) // (6 * 48)
     for batch, *parts in take(zip(whole, *shards), steps):
         for index, part in enumerate(parts):
-            assert same(part, {key: array[index::process_count] for key, array in batch.items()})
+            assert same(part, part_of(batch, index, process_count))
 
 
 def test_shards_of_mqar_make_up_the_global_batch():
@@ -248,21 +253,30 @@ def test_shards_of_mqar_make_up_the_global_batch():
         shards = [task.train_batches(6, 64, 0, index, 2) for index in range(2)]
         for batch, *parts in take(zip(task.train_batches(6, 64, 0), *shards), 20):
             for index, part in enumerate(parts):
-                assert same(part, {key: array[index::2] for key, array in batch.items()})
+                assert same(part, part_of(batch, index, 2))
 
 
-def test_shards_of_packed_documents_are_disjoint_and_complete(tmp_path):
-    """Each process packs its own documents: none is seen twice in an epoch, and in the end all as often."""
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_shards_of_packed_documents_make_up_the_global_batch(tmp_path, process_count):
+    """Every process packs all documents, so a row does not depend on how many there are."""
+    data = TextData(write_corpus(tmp_path / "corpus", 1501), packing="pack")
+    shards = [data.train_batches(8, 64, 0, index, process_count) for index in range(process_count)]
+    for batch, *parts in take(zip(data.train_batches(8, 64, 0), *shards), 40):
+        for index, part in enumerate(parts):
+            assert same(part, part_of(batch, index, process_count))
+
+
+def test_packed_documents_are_seen_equally_often(tmp_path):
+    """None is seen twice in an epoch, and in the end all as often."""
     data = TextData(write_corpus(tmp_path / "corpus", 1501), packing="pack")
     short = {document for document in documents_of(data, TRAIN) if len(document) < 40}
     steps_per_epoch = len(data.splits[TRAIN]) // (32 * 64)
     early, seen = collections.Counter(), collections.Counter()
-    for index in range(2):
-        for step, batch in enumerate(take(data.train_batches(32, 64, 0, index, 2), 4 * steps_per_epoch)):
-            spoken = [targets[weights > 0] for _, targets, weights in segments_of(batch)]
-            whole = [bytes(ids[:-1].astype(np.uint8)) for ids in spoken if ids[-1] == SEPARATOR]
-            seen.update(whole)
-            early.update(whole if step < 0.8 * steps_per_epoch else [])
+    for step, batch in enumerate(take(data.train_batches(32, 64, 0), 4 * steps_per_epoch)):
+        spoken = [targets[weights > 0] for _, targets, weights in segments_of(batch)]
+        whole = [bytes(ids[:-1].astype(np.uint8)) for ids in spoken if ids[-1] == SEPARATOR]
+        seen.update(whole)
+        early.update(whole if step < 0.8 * steps_per_epoch else [])
     assert len(short) > 300
     early_counts, counts = ([counter[document] for document in short] for counter in (early, seen))
     assert max(early_counts) == 1 and sum(early_counts) > len(short) / 2
@@ -278,7 +292,7 @@ def test_evaluation_shards_make_up_the_whole(data, process_count):
     for index, shard in enumerate(shards):
         assert len(shard) == len(whole)
         for batch, part in zip(whole, shard):
-            assert same(part, {key: array[index::process_count] for key, array in batch.items()})
+            assert same(part, part_of(batch, index, process_count))
 
 
 # ---- restart ----

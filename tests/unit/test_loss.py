@@ -95,7 +95,7 @@ def test_evaluation_weighs_positions_not_batches():
     weights[0] = 0.0
     model, mesh = (
         Table(rng.normal(size=(11, 11))),
-        make_mesh(data=1) if jax.device_count() == 1 else make_mesh(),
+        make_mesh(devices=jax.devices()[:1]),
     )
 
     def evaluate(size, **options):
@@ -115,6 +115,6 @@ def test_evaluation_weighs_positions_not_batches():
     "batches", [[], as_batches(*np.zeros((3, 1, 4), np.int32), 1)], ids=["none", "no weight"]
 )
 def test_nothing_to_evaluate_is_an_input_error(batches):
-    evaluate = make_evaluator(Table(np.zeros((2, 2))), lambda: batches, mesh=make_mesh())
+    evaluate = make_evaluator(Table(np.zeros((2, 2))), lambda: batches, mesh=make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(InputError, match="held-out data has no batch"):
         evaluate({})

@@ -82,10 +82,8 @@ def test_auto_takes_it_for_tpu_alone():
     assert "tpu_custom_call" not in jax.jit(softmax_attention).trace(**inputs()).lower().as_text()
 
 
-def test_a_mesh_that_may_spread_the_batch_keeps_to_the_blockwise_form():
-    """The partitioner cannot look into a kernel."""
-    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(InputError, match="may be spread over a mesh"):
-        softmax_attention(**inputs(), backend="pallas_tpu")
-    with jax.set_mesh(make_mesh()):
-        assert "tpu_custom_call" in lowered_for_tpu()
+def test_on_a_mesh_every_device_runs_it_on_its_own_rows():
+    """Inside `jax.shard_map`: the partitioner cannot look into a kernel."""
+    with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])):
+        text = lowered_for_tpu()
+    assert "tpu_custom_call" in text and "manual_computation" in text
