@@ -11,7 +11,7 @@ from seqmodels.layers import SwiGLU, make_norm
 from seqmodels.layers._mixer import MixerState
 from seqmodels.models.block import MixerName, Scales, Stack
 from seqmodels.notation import Logits, SegmentIds, Tokens
-from seqmodels.ops._mesh import constrain
+from seqmodels.ops._mesh import constrain, gathered
 
 
 class LanguageModel(nn.Module):
@@ -90,7 +90,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Logits, tuple[MixerState, ...]]:
         if tokens.ndim != 2:
             raise InputError(f"LanguageModel: tokens has shape {tokens.shape}; expected [batch, time]")
-        x, state = self.stack(self.embedding_scale * self.embed(tokens), state, segment_ids)
+        # Looked up in the whole table: what it gives is then split like the tokens.
+        x = jnp.take(gathered(self.embed.embedding.astype(self.dtype)), tokens, axis=0)
+        x, state = self.stack(self.embedding_scale * x, state, segment_ids)
         x = self.final_norm(constrain(x))
         logits = (self.embed.attend(x) if self.tie_embeddings else self.lm_head(x)).astype(jnp.float32)
         if self.logit_cap is not None:

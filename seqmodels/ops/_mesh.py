@@ -66,6 +66,11 @@ def constrain(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.row_axes(x.shape[0]), time))
 
 
+def gathered(x: Array) -> Array:
+    """The same, whole on every device; unchanged where there is no mesh."""
+    return x if view() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def running(kind: str, x: Array, *, exclusive: bool = False) -> Array:
     """Of integers [b, t]: the "sum" or the "max" (at least 0) of what is up to each position, or the "last" of it that
     is not 0; exclusive: of what is before it.

@@ -516,7 +516,9 @@ def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
                 f"{name!r} of the state is an array of this process alone; expected a global one: "
                 "make it under jit, or put it on the mesh with a replicated NamedSharding"
             )
-    sums = {name: _checksum(raw) for name, raw in _raw(arrays).items()}
+    # Several CPU processes that sum up many arrays at the same time can hang in it; there each sum is awaited.
+    waits = jax.process_count() > 1 and jax.default_backend() == "cpu"
+    sums = {name: _checksum(raw).block_until_ready() if waits else _checksum(raw) for name, raw in _raw(arrays).items()}
     return {name: int(value) for name, value in sums.items()}
 
 
