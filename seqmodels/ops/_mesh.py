@@ -21,6 +21,8 @@ class MeshView(NamedTuple):
     rows    the names that split rows, and
     n_rows  into how many parts
     n_time, n_heads   parts of the time axis, and of the heads
+    single  names of axes of one device. A PartitionSpec names them with the rows: what it does not name is summed up
+            over the axis on the way back, also where there is nothing to sum up
     """
 
     names: frozenset[str]
@@ -28,10 +30,13 @@ class MeshView(NamedTuple):
     n_rows: int
     n_time: int
     n_heads: int
+    single: tuple[str, ...]
 
     def row_axes(self, batch: int) -> tuple[str, ...] | None:
-        """What splits `batch` rows: nothing, where there are not as many for each device."""
-        return self.rows if self.rows and batch % self.n_rows == 0 else None
+        """What a PartitionSpec says of the axis of `batch` rows. Where there are not as many for each device they are
+        not split."""
+        axes = (*self.rows, *self.single) if batch % self.n_rows == 0 else self.single
+        return axes or None
 
     @property
     def head_axis(self) -> str | None:
@@ -49,7 +54,8 @@ def view() -> MeshView | None:
         return None
     rows = tuple(name for name in ROW_AXES if sizes.get(name, 1) > 1)
     n_rows = functools.reduce(lambda n, name: n * sizes[name], rows, 1)
-    return MeshView(names, rows, n_rows, sizes.get(TIME_AXIS, 1), sizes.get(HEAD_AXIS, 1))
+    single = tuple(name for name in mesh.axis_names if sizes.get(name) == 1)
+    return MeshView(names, rows, n_rows, sizes.get(TIME_AXIS, 1), sizes.get(HEAD_AXIS, 1), single)
 
 
 def is_spread() -> bool:

@@ -68,7 +68,8 @@ class Spread:
 
     def __init__(self, op: SeqOp, arrays: Inputs, options: Options, mesh: MeshView, over_time: bool):
         self.op, self.mesh = op, mesh
-        self.rows = mesh.row_axes(arrays[op.time_args[0]].shape[0])
+        batch = arrays[op.time_args[0]].shape[0]
+        self.rows = mesh.row_axes(batch)
         self.time = TIME_AXIS if over_time else None
         counts = head_counts(op, arrays)
         self.heads = max(counts.values(), default=0)
@@ -77,6 +78,8 @@ class Spread:
         if self.head_axis:
             self._grouped = check_heads(op, counts, self.heads, mesh.n_heads, "the mesh's tensor")
         self.state_heads = _head_axes_of_state(op, arrays, options)
+        # Parts into which the rows and heads of an array are split.
+        self.split = (mesh.n_rows if batch % mesh.n_rows == 0 else 1) * (mesh.n_heads if self.head_axis else 1)
 
     def of_arrays(self, arrays: Inputs) -> Any:
         return {name: jax.tree.map(functools.partial(self._of_array, name), x) for name, x in arrays.items()}
@@ -243,16 +246,12 @@ def _choose(call: Call, spread: Spread, causal: bool) -> str:
     op = call.op
     if op.summary_kind == "prefix":
         summary = jax.eval_shape(lambda x, docs: op.summarize(x, docs, call.options), call.arrays, call.docs)
-        split = spread.mesh.n_heads if spread.head_axis else 1
-        split *= spread.mesh.n_rows if spread.rows else 1
-        return "doubling" if call.line.size * bytes_of(summary) / split > DOUBLING_ABOVE else "prefix"
+        return "doubling" if call.line.size * bytes_of(summary) / spread.split > DOUBLING_ABOVE else "prefix"
     if op.summary_kind == "halo" or (causal and call.looks_back_one_shard):
         return "halo"
     if op.summary_kind == "ring":
         keys_and_values = bytes_of([call.arrays[name] for name in op.across.gathered])
-        split = spread.mesh.n_rows if spread.rows else 1
-        split *= spread.mesh.n_heads if spread.head_axis else 1
-        return "ring" if keys_and_values / split > RING_ABOVE else "gather"
+        return "ring" if keys_and_values / spread.split > RING_ABOVE else "gather"
     heads = spread.heads // (spread.mesh.n_heads if spread.head_axis else 1)
     return "ulysses" if heads and heads % call.line.size == 0 else "relay"
 
