@@ -11,10 +11,10 @@ Rows flow through one pipeline, whatever they are made from:
 
     rows (shuffled, repeated)  ->  batches, of which a process takes its part  ->  transforms  ->  the keys above
 
-The pipeline is a Grain one, without worker processes, so its whole position is a small JSON-able state. Rows and batches
-are those of the whole job, however many processes share them: the position of one job is that of another with more or
-fewer processes. A process reads its own rows alone, but where documents are packed: what a row holds then depends on all
-before it, and every process packs all.
+The pipeline is a Grain one, without worker processes, so its whole position is a small JSON-able state. Rows and
+batches are those of the whole job, however many processes share them: the position of one job is that of another with
+more or fewer processes. A process reads its own rows alone, but where documents are packed: what a row holds then
+depends on all before it, and every process packs all.
 """
 
 import abc

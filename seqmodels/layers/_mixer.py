@@ -126,8 +126,8 @@ class Mixer(nn.Module):
 
     Called with x [b, t, d_model], the state that an earlier call returned (None: a new stream), and segment_ids [b, t]
     (None: one document; 0 is padding). Returns y [b, t, d_model] and the state after the span. A document that goes on
-    in the next span keeps its id; a new id starts afresh. At the start of a stream the `Layout` of the ids, which a stack
-    works out once, may stand for them.
+    in the next span keeps its id; a new id starts afresh. At the start of a stream the `Layout` of the ids, which a
+    stack works out once, may stand for them.
 
     With context [b, s, d_model] it is a layer of cross-attention, where its operator has one (`cross`): queries are
     those of x, keys and values those of the context, and every token sees the whole context, or with

@@ -113,7 +113,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Activations, state: MixerState | None, layer_index: int | Array, segment_ids: SegmentIds | Layout | None
+        self,
+        x: Activations,
+        state: MixerState | None,
+        layer_index: int | Array,
+        segment_ids: SegmentIds | Layout | None,
     ) -> tuple[Activations, MixerState]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"epsilon": self.norm_eps, **dtypes}

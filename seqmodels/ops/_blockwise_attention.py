@@ -162,7 +162,8 @@ def _scores(q: Array, k: Array, query: Reach, key: Array, scale: float, window: 
 def forward(
     q: Array, k: Array, v: Array, query: Reach, key: Array, scale: float, window: int | None, sinks: int
 ) -> tuple[Array, Array]:
-    """Equation (1): o [n, b, hk, v, r] in the accumulation dtype, and L [n, b, hk, r]; very low where nothing is seen."""
+    """Equation (1): o [n, b, hk, v, r] in the accumulation dtype, and L [n, b, hk, r], very low where nothing is
+    seen."""
     in_sight, count = _blocks_in_sight(query, key, window, sinks)
     dtype = state_dtype(q)
     upright = jnp.swapaxes(v, -1, -2)

@@ -17,6 +17,7 @@ and gathers the summaries on the way forward, and dP with what the transposed ma
 back. The others are differentiated as they stand.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -90,12 +91,10 @@ class Packing:
         places, leaves = dict.fromkeys(self.dtypes, 0), []
         for (shape, dtype), carrier in zip(self._leaves, self._carriers):
             buffer, start = buffers[self.dtypes.index(carrier)], places[carrier]
-            size = 1
-            for n in shape:
-                size *= n
+            size = math.prod(shape)
             places[carrier] = start + size
             x = buffer[:, start : start + size].reshape(buffer.shape[0], *shape)
-            leaves.append(x > 0.5 if dtype == bool else x)
+            leaves.append(x if dtype == carrier else x > 0.5)
         return jax.tree.unflatten(self._structure, leaves)
 
 

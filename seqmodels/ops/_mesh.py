@@ -1,7 +1,7 @@
 """The mesh of devices in context, as operators see it.
 
-Code is written in the global view: arrays are whole, and XLA places their parts on devices. What an operator does over
-time it does inside `jax.shard_map`, where a device sees its own shard; `_sequence_parallel` enters it for all operators.
+Code is written in the global view: arrays are whole, and XLA places their parts on devices. What an operator does it
+does inside `jax.shard_map`, where a device sees its own shard; `_sequence_parallel` enters it for all operators.
 """
 
 import functools

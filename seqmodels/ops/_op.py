@@ -78,10 +78,10 @@ class SeqOp:
     summary_kind    how a shard of a longer sequence gets what it needs: "prefix" one all-gather of fixed-size
                     summaries, "halo" the last positions of its neighbour, "ring" keys and values of all shards,
                     "relay" the exact state, handed on
-    head_axes       array argument -> its axis of heads, or of channels that do not mix; those that are missing have none.
-                    A device may have some of the heads. (Of an argument that is a tree: the axis of every array in it)
-    reach           (arrays, options) -> how many positions the state looks back, None where it grows with them; None for
-                    operators that have no limit in any case
+    head_axes       array argument -> its axis of heads, or of channels that do not mix, so that a device may have some
+                    of them; those that are missing have none. (Of a tree: the axis of every array in it)
+    reach           (arrays, options) -> how many positions the state looks back, None where it grows with them; None
+                    for operators that have no limit in any case
     across          "ring": what the operator does in place of summaries
     examples        (key, batch, length) -> examples by name
     state_grows     whether the state's bytes depend on the number of tokens seen

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.notation import Array
-from seqmodels.ops import _scan
 from seqmodels.ops._chunks import cut, scan_chunks
 from seqmodels.ops._scan import Documents
 

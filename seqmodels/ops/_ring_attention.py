@@ -4,14 +4,14 @@
               2310.01889); on the way back the gradients of keys and values go round with them
     gather    the keys and values of all shards to all, once (LASP-2H, Sun et al. 2025, arXiv 2502.07563)
 
-What a query saw of some of the keys, its outputs o and the logarithm L of its sum of exponentials, merges with the rest:
+What a query saw of some keys, its outputs o and the logarithm L of its sum of exponentials, merges with the rest:
 
     L = log(exp L_1 + exp L_2),   o = exp(L_1 - L) o_1 + exp(L_2 - L) o_2                                          (1)
 
-and the gradients of `_blockwise_attention` need the final o and L alone. Which query sees which key is a matter of their
-ranks, wherever they are. A causal query sees what is before it, so a device with the last shard would work W times as
-long as that with the first: inside, the row is cut into 2 W pieces, and device r takes pieces r and 2 W - 1 - r (the
-zigzag). Outside all stays in the order of time.
+and the gradients of `_blockwise_attention` need the final o and L alone. Which query sees which key is a matter of
+their ranks, wherever they are. A causal query sees what is before it, so a device with the last shard would work W
+times as long as that with the first: inside, the row is cut into 2 W pieces, and device r takes pieces r and
+2 W - 1 - r (the zigzag). Outside all stays in the order of time.
 """
 
 import functools

@@ -3,16 +3,15 @@
 An operator is written for one device. Under `jax.set_mesh` the driver enters `jax.shard_map`, splits all axes by hand,
 so that a kernel sees a plain array, and gives every shard of time what it needs of the others:
 
-    exchange     what travels                                           who                           default for
-    "prefix"     the summaries of all shards, once (LASP-2)             operators with a summary      kind "prefix"
-    "doubling"   one summary, log2(W) times                             the same
-    "hops"       one state, W - 1 times (LASP-1)                        the same
-    "halo"       the last positions of the neighbour                    what looks back so far        kind "halo", windows
-    "ring"       keys and values, W - 1 times (ring attention)          softmax attention             kind "ring", see
-    "gather"     keys and values of all shards, once (LASP-2H)          softmax attention             `RING_ABOVE`
-    "ulysses"    all that an operator reads: heads for time             operators with heads          kind "relay"
-    "relay"      one state, from shard to shard, row after row          all operators                 the same, where the
-                                                                                                      heads do not divide
+    exchange     what travels                                     who                        default for
+    "prefix"     the summaries of all shards, once (LASP-2)       operators with a summary   kind "prefix"; see
+    "doubling"   one summary, log2(W) times                       the same                   `DOUBLING_ABOVE`
+    "hops"       one state, W - 1 times (LASP-1)                  the same
+    "halo"       the last positions of the neighbour              what looks back so far     kind "halo", windows
+    "ring"       keys and values, W - 1 times (ring attention)    softmax attention          kind "ring"; see
+    "gather"     keys and values of all shards, once (LASP-2H)    softmax attention          `RING_ABOVE`
+    "ulysses"    all that an operator reads: heads for time       operators with heads       kind "relay", where the
+    "relay"      one state, from shard to shard, row after row    all operators              heads divide, and else
 
 Shards are contiguous. A length that they do not divide is filled up with padding, which no operator sees; a span with
 fewer tokens than there are shards, a token to decode above all, is not split over time. Where "halo" cannot know that
@@ -29,7 +28,7 @@ from jax.sharding import PartitionSpec
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import TIME_AXIS, Array
-from seqmodels.ops import _exchange, _mesh, _scan
+from seqmodels.ops import _exchange, _scan
 from seqmodels.ops._exchange import Exchange, Line, Packing
 from seqmodels.ops._mesh import MeshView
 from seqmodels.ops._op import Inputs, Options, SeqOp, State
@@ -403,8 +402,8 @@ def check_heads(op: SeqOp, counts: dict[str, int], heads: int, parts: int, what:
     for name, n in grouped.items():
         if parts % n:
             raise InputError(
-                f"{op.name}: {what} = {parts} does not split the heads of {name}: {n}; expected a multiple or a divisor of "
-                f"{parts}"
+                f"{op.name}: {what} = {parts} does not split the heads of {name}: {n}; expected a multiple or a "
+                f"divisor of {parts}"
             )
     return grouped
 

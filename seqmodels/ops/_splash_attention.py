@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.notation import Array
-from seqmodels.ops import _mesh, _scan
+from seqmodels.ops import _mesh
 from seqmodels.ops._op import Inputs, Options
 from seqmodels.ops._scan import Documents
 

@@ -276,8 +276,8 @@ def _with_cache(
 def _parts(
     arrays: Inputs, cache: KVCache | None, docs: Documents | None, options: Options
 ) -> tuple[list[tuple[Array, Array, Array]], Reach]:
-    """Keys, values and ranks of the prefix and of the cache, where there are such, and of the span; and the reach of its
-    queries."""
+    """Keys, values and ranks of the prefix and of the cache, where there are such, and of the span; and the reach of
+    its queries."""
     batch, length = arrays["k"].shape[:2]
     query = reach(jnp.zeros(batch, jnp.int32) if cache is None else cache.length, docs, length)
     parts = [(arrays["k"], arrays["v"], query.rank)]

@@ -82,8 +82,8 @@ def batch_shards(mesh: Mesh) -> int:
 def rows_of_process(mesh: Mesh) -> tuple[int, int]:
     """(i, n): the devices of this process need the i-th of n equal parts of every batch's rows.
 
-    Processes whose devices split time or features alone need the same rows. Where a process would need rows from several
-    parts it reads all of them, (0, 1).
+    Processes whose devices split time or features alone need the same rows. Where a process would need rows from
+    several parts it reads all of them, (0, 1).
     """
     shards = batch_shards(mesh)
     indices = NamedSharding(mesh, PartitionSpec(ROW_AXES)).addressable_devices_indices_map((shards,))

@@ -4,8 +4,9 @@ An expression may match anywhere in a parameter's path (`re.search`), and the fi
 those of the parameter's last dimensions; the dimensions before them, layers that a scan has stacked, are not split. An
 axis that does not divide its dimension leaves it whole.
 
-What a matrix maps to is split over `tensor` where heads or hidden features come out, what it maps from where they go in,
-so that a layer is computed on the heads of its device and summed up once; `fsdp` splits the other side, for memory alone.
+What a matrix maps to is split over `tensor` where heads or hidden features come out, what it maps from where they go
+in, so that a layer is computed on the heads of its device and summed up once; `fsdp` splits the other side, for memory
+alone.
 """
 
 import difflib
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seqmodels.errors import InputError
 
-Axes = Sequence[str | None | Sequence[str]]
+Axes = Sequence[str | Sequence[str] | None]
 PartitionRules = Sequence[tuple[str, Axes]]
 
 DEFAULT_RULES: PartitionRules = (
@@ -93,10 +94,8 @@ def _fitted(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """`axes` on the last dimensions of `shape`, without those that do not divide theirs."""
     axes = tuple(axes)[max(len(axes) - len(shape), 0) :]
     sizes = shape[len(shape) - len(axes) :]
-    fitted = [
-        axis if axis is not None and size % math.prod(mesh.shape[name] for name in jax.tree.leaves([axis])) == 0 else None
-        for axis, size in zip(axes, sizes)
-    ]
+    parts = [math.prod(mesh.shape[name] for name in jax.tree.leaves([axis])) for axis in axes]
+    fitted = [axis if size % n == 0 else None for axis, size, n in zip(axes, sizes, parts)]
     return PartitionSpec(*[None] * (len(shape) - len(axes)), *fitted)
 
 

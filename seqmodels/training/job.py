@@ -16,10 +16,11 @@ from seqmodels.parallel.mesh import batch_shards, make_mesh
 from seqmodels.parallel.partition import PartitionRules, check_rules
 from seqmodels.training.optimizer import AdamW, Optimizer
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceMesh:
-    """How the devices of a job divide its work; see `seqmodels.parallel.mesh`. The numbers are the same on any mesh, but
-    for rounding.
+    """How the devices of a job divide its work; see `seqmodels.parallel.mesh`. The numbers are the same on any mesh,
+    but for rounding.
 
     Args:
         data, fsdp, seq, tensor: devices along each axis; one of them may be -1 for those that the others leave.

@@ -36,5 +36,5 @@ def test_the_same_by_any_exchange(op, example, exchange):
 
 def test_an_exchange_that_an_operator_does_not_have():
     q, k, v = jnp.ones((3, 1, 8, 2, 4))
-    with pytest.raises(InputError, match="exchange=.ring. does not exist for it; did you mean"):
+    with pytest.raises(InputError, match=r"exchange=.ring. does not exist for it; did you mean"):
         registry.ops()["linear_attention"].call(q, k, v, exchange="ring")

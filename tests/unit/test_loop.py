@@ -421,7 +421,14 @@ class OneDevice(DeviceMesh):
         return super().build(jax.devices()[:1])
 
 
-@pytest.mark.parametrize("mesh", [{"data": 4, "seq": 2}, {"fsdp": 2, "seq": 2, "tensor": 2, "data": 1}, {"seq": 8, "data": 1}], ids=str)
+MESHES = [
+    {"data": 4, "seq": 2},
+    {"data": 1, "fsdp": 2, "seq": 2, "tensor": 2},
+    {"data": 1, "seq": 8},
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_eight_devices_compute_what_one_does(tmp_path, mesh):
     job = dataclasses.replace(quiet_job(), mesh=DeviceMesh(**mesh))
     alone = dataclasses.replace(quiet_job(), mesh=OneDevice())

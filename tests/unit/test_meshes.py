@@ -85,7 +85,8 @@ def test_an_axis_that_does_not_divide_leaves_its_dimension_whole():
     shardings = partition(shapes, mesh)
     assert shardings["a"]["kernel"].spec == P(None, "tensor") and shardings["b"].spec == P(None)
     assert partition(shapes, mesh, [("^b$", ("fsdp",))])["b"].spec == P("fsdp")
-    like = partition_like({"mu": shapes, "row": {"b": jax.ShapeDtypeStruct((1,), jnp.float32)}}, shapes, shardings, mesh)
+    tree = {"mu": shapes, "row": {"b": jax.ShapeDtypeStruct((1,), jnp.float32)}}
+    like = partition_like(tree, shapes, shardings, mesh)
     assert like["mu"]["a"]["kernel"].spec == P(None, "tensor") and like["row"]["b"].spec == P()
     table = partition_table(shapes, shardings)
     assert "a/kernel" in table and "(-, tensor)" in table and table.splitlines()[-1].split() == ["all", "128"]
