@@ -145,3 +145,18 @@ def pad_time(x: Array, multiple: int, value: str = "zero") -> Array:
 def state_dtype(*arrays: Array | None) -> jnp.dtype:
     """float32, or float64 when an input is float64."""
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))
+
+
+def sums_after(x: Array, size: int = 128) -> Array:
+    """[b, t, ...]: the sum over all later positions, for each; 0 for the last.
+
+    As products with triangles of ones over `size` positions: a cumulative sum costs the square of the length on TPU.
+    """
+    length = x.shape[1]
+    parts = pad_time(x, min(size, length))
+    parts = parts.reshape(x.shape[0], -1, min(size, length), *x.shape[2:])
+    later = jnp.triu(jnp.ones((parts.shape[2],) * 2, x.dtype), 1)
+    within = jnp.einsum("ij,bnj...->bni...", later, parts, precision="highest")
+    if parts.shape[1] > 1:
+        within = within + sums_after(parts.sum(axis=2), size)[:, :, None]
+    return within.reshape(x.shape[0], -1, *x.shape[2:])[:, :length]

@@ -26,6 +26,7 @@ plus the same over the reversed span, less the diagonal that both count.
     z       z        [b, hv, k]       float32, with normalize=True
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -221,17 +222,27 @@ class LinearSummary(NamedTuple):
 
 
 def _summarize(arrays: Inputs, docs: Documents | None, options: Options) -> LinearSummary:
-    _, written = _chunked(arrays, _initial_state(arrays, options), docs, None, options)
-    g, v = arrays["g"], arrays["v"]
-    if g is None:
-        through = jnp.ones((v.shape[0], v.shape[2], 1), _scan.state_dtype(v))
-    else:
-        g = g.reshape(*g.shape[:3], -1)
-        g = g if docs is None else jnp.where(docs.real[..., None, None], g, 0)
-        through = jnp.exp(g.sum(axis=1))
+    """All of the span in one product: token j is written with the weight exp(sum of g after j)."""
+    q, k, v, g = (arrays[name] for name in "qkvg")
+    dtype = _scan.state_dtype(q, k, v, g)
+    real = jnp.ones(v.shape[:2], bool) if docs is None else docs.real
+    g = jnp.zeros((*v.shape[:3], 1), dtype) if g is None else g.reshape(*g.shape[:3], -1)
+    g = jnp.where(real[..., None, None], g, 0)
+    through, mine = jnp.exp(g.sum(axis=1)), real
     if docs is not None:
         through = through * (docs.index[:, -1] == 0)[:, None, None]
-    return LinearSummary(through, written)
+        mine = mine & (docs.index == docs.index[:, -1:])
+    weight = jnp.where(mine[..., None, None], jnp.exp(_scan.sums_after(g)), 0)
+    # Heads that share a key stand side by side: [b, t, h, n, ...].
+    v, weight = (x.reshape(*k.shape[:3], -1, x.shape[-1]).astype(dtype) for x in (v, weight))
+    k, product = k.astype(dtype), functools.partial(jnp.einsum, precision="highest")
+    if weight.shape[-1] == 1:
+        S, z = product("bthk,bthnv->bhnkv", k, weight * v), product("bthk,bthn->bhnk", k, weight[..., 0])
+    else:
+        k = weight * k[:, :, :, None]
+        S, z = product("bthnk,bthnv->bhnkv", k, v), k.sum(axis=1)
+    S, z = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (S, z))
+    return LinearSummary(through, NormalizedState(S, z) if options["normalize"] else S)
 
 
 def _apply(summary: LinearSummary, state: LinearState, options: Options) -> LinearState:
