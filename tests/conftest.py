@@ -12,17 +12,47 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far longer than they compute. This drops optimisation of machine code, not of the program: sums
-# keep their order and precision. Programs are kept for the next run. Eight devices, for meshes; what has no mesh runs
-# on the first.
-flags = ["--xla_backend_optimization_level=0", "--xla_force_host_platform_device_count=8"]
+# keep their order and precision. Programs are kept for the next run.
+flags = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
     # The older of two code generators, which takes half the time. Later versions have one, and abort at this flag.
     flags.append("--xla_cpu_use_fusion_emitters=false")
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"seqmodels-tests-{getpass.getuser()}")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def _start_jax_with_eight_devices() -> None:
+    """For meshes; what has no mesh runs on the first. Processes that a test starts have one, unless it says so."""
+    flags = os.environ["XLA_FLAGS"]
+    os.environ["XLA_FLAGS"] = f"{flags} {EIGHT_DEVICES}"
+    import jax
+
+    assert jax.device_count() == 8
+    os.environ["XLA_FLAGS"] = flags
+
+
+_start_jax_with_eight_devices()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_device_for_jobs_that_name_no_mesh():
+    """As in a process of their own."""
+    import jax
+
+    from seqmodels.training import DeviceMesh
+
+    build, default = DeviceMesh.build, DeviceMesh()  # later, a config file may say what `DeviceMesh()` is
+
+    def build_for_test(self, devices=None):
+        return build(self, jax.devices()[:1] if self == default else devices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceMesh, "build", build_for_test)
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

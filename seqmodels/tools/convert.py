@@ -92,7 +92,6 @@ def make_run(model: Path, out: Path, overrides: list[str]) -> None:
     the data shows before anything is written."""
     from seqmodels import config, interop
     from seqmodels.models.accounting import parameter_count
-    from seqmodels.parallel.mesh import make_mesh
     from seqmodels.training import Checkpointer, RunDirectory, create_state, parameter_shapes, say
 
     loaded = interop.load(model)
@@ -106,7 +105,13 @@ def make_run(model: Path, out: Path, overrides: list[str]) -> None:
     texts = (config.config_text(), config.operative_config())
     own, operative = (text.replace(str(model.resolve()), str((out / SOURCE).resolve())) for text in texts)
     state = create_state(
-        job.model, transform, seq_len=job.seq_len, seed=job.seed, mesh=make_mesh(), params=loaded.params
+        job.model,
+        transform,
+        seq_len=job.seq_len,
+        seed=job.seed,
+        mesh=job.mesh.build(),
+        rules=job.mesh.rules,
+        params=loaded.params,
     )
     try:
         with RunDirectory(out) as run:

@@ -47,7 +47,7 @@ def measure(experiment: Path, folder: Path) -> Measured:
 def _measure_job(job: TrainingJob, folder: Path) -> Measured:
     data = TextData(str(write_texts(folder / "texts"))) if isinstance(job.data, TextData) else job.data
     batches = data.train_batches(job.batch_size, job.seq_len, job.seed, transforms=job.transforms)
-    mesh = make_mesh()
+    mesh = make_mesh(devices=jax.devices()[:1])
     transform = job.optimizer.build(parameter_shapes(job.model, job.seq_len), job.steps)
     rates = job.optimizer.learning_rates(job.steps)
     step = make_train_step(
