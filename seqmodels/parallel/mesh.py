@@ -12,7 +12,7 @@ summed once per update, cross it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -62,6 +62,16 @@ def make_mesh(
     else:
         placed = np.array(devices).reshape(sizes)
     return Mesh(placed, MESH_AXES, axis_types=types)
+
+
+def must_take_turns(devices: Iterable[jax.Device]) -> bool:
+    """Whether a program on these devices is to end before the next one starts.
+
+    So it is on several CPU devices, of one process or many: they share threads, and programs that run ahead of each
+    other can wait in their collectives for each other for ever.
+    """
+    devices = list(devices)
+    return len(devices) > 1 and devices[0].platform == "cpu"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

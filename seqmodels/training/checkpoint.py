@@ -39,6 +39,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from seqmodels.errors import InputError, nearest
+from seqmodels.parallel.mesh import must_take_turns
 
 State = TypeVar("State")
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -516,9 +517,11 @@ def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
                 f"{name!r} of the state is an array of this process alone; expected a global one: "
                 "make it under jit, or put it on the mesh with a replicated NamedSharding"
             )
-    # Several CPU processes that sum up many arrays at the same time can hang in it; there each sum is awaited.
-    waits = jax.process_count() > 1 and jax.default_backend() == "cpu"
-    sums = {name: _checksum(raw).block_until_ready() if waits else _checksum(raw) for name, raw in _raw(arrays).items()}
+    sums = {}
+    for name, raw in _raw(arrays).items():
+        sums[name] = _checksum(raw)
+        if must_take_turns(raw.sharding.device_set):
+            sums[name].block_until_ready()
     return {name: int(value) for name, value in sums.items()}
 
 

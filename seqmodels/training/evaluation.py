@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from seqmodels.errors import InputError
-from seqmodels.parallel.mesh import place_batch, replicated
+from seqmodels.parallel.mesh import must_take_turns, place_batch, replicated
 from seqmodels.training.loss import LossSums, bits_per_byte, loss_sums
 
 
@@ -39,6 +39,8 @@ def make_evaluator(
         total, previous = LossSums(0.0, 0.0, 0.0, 0.0), None
         for batch in islice(batches(), max_batches):
             current = sums(params, place_batch(batch, mesh))
+            if must_take_turns(mesh.devices.flat):
+                jax.block_until_ready(current)
             # The host adds up one batch late, in float64: the device is never idle, and never more than one
             # ahead.
             total, previous = _add(total, previous), current

@@ -19,11 +19,11 @@ import grain
 import jax
 from jax.sharding import Mesh
 
-from seqmodels.parallel.mesh import place_batch
+from seqmodels.parallel.mesh import must_take_turns, place_batch
+from seqmodels.parameter_rules import parameter_paths
 from seqmodels.training.checkpoint import Checkpointer
 from seqmodels.training.in_flight import StepsInFlight
 from seqmodels.training.metrics import Report
-from seqmodels.training.parameter_rules import parameter_paths
 from seqmodels.training.state import TrainState
 from seqmodels.training.step import Batch, StepResult
 from seqmodels.training.stop_request import StopRequest
@@ -61,7 +61,9 @@ def training_loop(
     Raises:
         NonFiniteError: from the first step whose loss, gradient or update is not finite.
     """
-    in_flight = StepsInFlight(_steps_in_flight(), parameter_paths(state.params))
+    limit = 0 if must_take_turns(mesh.devices.flat) else STEPS_IN_FLIGHT
+    in_flight = StepsInFlight(limit, parameter_paths(state.params))
+    jax.block_until_ready(state)
     profiler = _Profiler(profile_steps, profile_directory)
 
     def look_at_everything():
@@ -101,13 +103,6 @@ def training_loop(
         profiler.end()
         checkpointer.wait()
     return state, step
-
-
-def _steps_in_flight() -> int:
-    # Several CPU processes that run ahead of each other can hang in their collectives, so there every step is
-    # awaited.
-    alone = jax.process_count() == 1
-    return STEPS_IN_FLIGHT if alone or jax.default_backend() != "cpu" else 0
 
 
 class _Profiler:

@@ -23,13 +23,13 @@ from seqmodels import config
 from seqmodels.data import MQAR
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART, InputError
 from seqmodels.notation import MESH_AXES
-from seqmodels.parallel.mesh import make_mesh, place_batch
+from seqmodels.parallel.mesh import make_mesh, must_take_turns, place_batch
+from seqmodels.parameter_rules import parameter_paths
 from seqmodels.training import SGD, AdamW, DeviceMesh, NonFiniteError, RunDirectory, TrainingJob, create_state
 from seqmodels.training import loop as loop_module
 from seqmodels.training.checkpoint import list_steps, restore_parameters
 from seqmodels.training.in_flight import StepsInFlight
 from seqmodels.training.loop import STEPS_IN_FLIGHT
-from seqmodels.training.parameter_rules import parameter_paths
 from seqmodels.training.run_directory import read_metrics
 from seqmodels.training.state import TrainState, parameter_shapes
 from seqmodels.training.step import StepResult, make_train_step
@@ -283,10 +283,12 @@ def test_a_limit_of_zero_waits_for_every_step(slow_step, monkeypatch):
     assert set(watch_loop(slow_step)) == {0}
 
 
-def test_cpu_processes_wait_for_each_other_every_step(monkeypatch):
-    assert loop_module._steps_in_flight() == STEPS_IN_FLIGHT
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert loop_module._steps_in_flight() == 0
+def test_several_cpu_devices_take_turns():
+    class Tpu:
+        platform = "tpu"
+
+    assert must_take_turns(jax.devices()[:2])
+    assert not must_take_turns(jax.devices()[:1]) and not must_take_turns([Tpu(), Tpu()])
 
 
 # The guard against NaN
