@@ -5,14 +5,13 @@ import logging
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, SegmentIds
 from seqmodels.ops import _mesh, _scan, _sequence_parallel
 from seqmodels.ops._op import Inputs, Options, SeqOp, State
 from seqmodels.ops._scan import Documents
-from seqmodels.ops._sequence_parallel import flip_documents, flip_time
+from seqmodels.ops._sequence_parallel import flip_documents, read_backwards
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +97,9 @@ def _spread_out(
     if mesh is not None:
         way = {"chunk_size": how.chunk_size, "exchange": how.exchange, **order}
         return _sequence_parallel.run(op, arrays, docs, state, options, run_here, mesh, **way)
-    if not order.get("backwards", False):
-        return run_here(arrays, docs, state)
-    o, state = run_here(flip_time(op, arrays), flip_documents(docs), state)
-    return jnp.flip(o, axis=1), state
+    if order.get("backwards", False):
+        return read_backwards(op, run_here, arrays, docs, state)
+    return run_here(arrays, docs, state)
 
 
 def _run_here(

@@ -92,8 +92,12 @@ class Spread:
         return PartitionSpec(*axes)
 
     @property
-    def of_documents(self) -> PartitionSpec:
+    def of_time(self) -> PartitionSpec:
+        """[b, t]."""
         return PartitionSpec(self.rows, self.time)
+
+    def of_documents(self, docs: Documents | None) -> PartitionSpec | None:
+        return None if docs is None else self.of_time
 
     @property
     def of_state(self) -> Any:
@@ -148,7 +152,7 @@ def run(
         return _whole_time(Spread(op, arrays, options, mesh, over_time=False), arrays, docs, state, run_here, backwards)
     full = None if docs is not None else (length - 1) // -(-length // shards)
     if not causal:
-        exchange = "auto"
+        exchange = "auto"  # what was asked for is a way to hand on a state
     if length % shards:
         arrays, docs = _fill_up(op, arrays, docs, shards)
     call = Call(op, arrays, docs, state, options, run_here, chunk_size, Line(shards, backwards), full)
@@ -215,6 +219,14 @@ class Call(NamedTuple):
         return jnp.flip(o, axis=1) if self.line.backwards else o
 
 
+def read_backwards(
+    op: SeqOp, run: RunHere, arrays: Inputs, docs: Documents | None, state: State | None
+) -> tuple[Array, State]:
+    """`run` over the reversed span; outputs in the order of time."""
+    o, state = run(flip_time(op, arrays), flip_documents(docs), state)
+    return jnp.flip(o, axis=1), state
+
+
 def flip_time(op: SeqOp, arrays: Inputs) -> Inputs:
     return {
         name: jnp.flip(x, axis=1) if name in op.time_args and x is not None else x for name, x in arrays.items()
@@ -270,27 +282,22 @@ def _whole_time(
     """Rows and heads are split, time is not."""
 
     def shard(arrays: Inputs, docs: Documents | None, state: State | None) -> tuple[Array, State]:
-        arrays = spread.own_heads(arrays)
-        if not backwards:
-            return run_here(arrays, docs, state)
-        o, state = run_here(flip_time(spread.op, arrays), flip_documents(docs), state)
-        return jnp.flip(o, axis=1), state
+        run = functools.partial(read_backwards, spread.op, run_here) if backwards else run_here
+        return run(spread.own_heads(arrays), docs, state)
 
-    of_state = None if state is None else spread.of_state
-    specs = spread.of_arrays(arrays), None if docs is None else spread.of_documents, of_state
+    specs = spread.of_arrays(arrays), spread.of_documents(docs), None if state is None else spread.of_state
     return spread.shard_map(shard, specs, (spread.of_output, spread.of_state))(arrays, docs, state)
 
 
 def _from_summaries(call: Call, spread: Spread, exchange: Callable) -> tuple[Array, State]:
     """Summaries of the shards, the states that enter them, and then every shard on its own."""
     summaries, options = Packing(), {**call.options, "fresh": False}
-    of_docs = None if call.docs is None else spread.of_documents
 
     def summarize(arrays: Inputs, docs: Documents | None) -> _exchange.Buffers:
         arrays, docs = call.local(spread.own_heads(arrays), docs)
         return tuple(x[None] for x in summaries.pack(call.op.summarize(arrays, docs, options)))
 
-    specs = spread.of_arrays(call.arrays), of_docs
+    specs = spread.of_arrays(call.arrays), spread.of_documents(call.docs)
     buffers = spread.shard_map(summarize, specs, spread.of_buffer)(call.arrays, call.docs)
     how = Exchange(
         call.op, options, call.line, summaries, spread.shard_map, spread.of_buffer, spread.of_state, call.full
@@ -333,8 +340,7 @@ def _relay(call: Call, spread: Spread) -> tuple[Array, State]:
         o, states = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, rank, rows, axis=0), outcome)
         return call.in_time(o), line.from_shard(states, line.size - 1)
 
-    of_docs = None if call.docs is None else spread.of_documents
-    specs = spread.of_arrays(call.arrays), of_docs, spread.of_state
+    specs = spread.of_arrays(call.arrays), spread.of_documents(call.docs), spread.of_state
     outs = spread.of_output, spread.of_state
     return spread.shard_map(shard, specs, outs)(call.arrays, call.docs, call.start)
 
@@ -367,21 +373,19 @@ def _ulysses(call: Call, spread: Spread) -> tuple[Array, State]:
                 x = jax.tree.map(all_time, x)
             found[name] = x
         arrays, docs = pick_heads(op, found, grouped, place, shards), jax.tree.map(all_time, docs)
-        if call.line.backwards:
-            arrays, docs = flip_time(op, arrays), flip_documents(docs)
         if start is not None:
             start = jax.tree.map(lambda x, axis: some_heads(x, axis, place) if axis else x, start, spread.state_heads)
-        o, state = call.run_here(arrays, docs, start)
+        run = functools.partial(read_backwards, op, call.run_here) if call.line.backwards else call.run_here
+        o, state = run(arrays, docs, start)
         state = jax.tree.map(
             lambda x, axis: jax.lax.all_gather(x, TIME_AXIS, axis=axis, tiled=True) if axis else x,
             state,
             spread.state_heads,
         )
-        return jax.lax.all_to_all(call.in_time(o), TIME_AXIS, 1, 2, tiled=True), state
+        return jax.lax.all_to_all(o, TIME_AXIS, 1, 2, tiled=True), state
 
-    of_docs = None if call.docs is None else spread.of_documents
     of_start = None if call.state is None else spread.of_state
-    specs = spread.of_arrays(call.arrays), of_docs, of_start
+    specs = spread.of_arrays(call.arrays), spread.of_documents(call.docs), of_start
     return spread.shard_map(shard, specs, (spread.of_output, spread.of_state))(call.arrays, call.docs, call.state)
 
 

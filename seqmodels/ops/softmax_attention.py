@@ -399,11 +399,10 @@ def _across(call: Call, spread: Spread, exchange: str, causal: bool) -> tuple[Ar
         o = attend(Attention(_grouped(q, k.shape[2]), k, v, query, key, front), settings)
         return o.reshape(*q.shape[:3], -1)
 
-    specs, of_front = spread.of_arrays(call.arrays), None
+    specs, of_front, of_time = spread.of_arrays(call.arrays), None, spread.of_time
     if front is not None:
         whole = PartitionSpec(spread.rows, None, *specs["k"][2:])
         of_front = (whole, whole, PartitionSpec(spread.rows))
-    of_time = spread.of_documents
     specs = (*(specs[name] for name in "qkv"), of_time, of_time, of_front)
     run = spread.shard_map(shard, specs, spread.of_output)
     o = run(call.arrays["q"], k, v, query, key, front)

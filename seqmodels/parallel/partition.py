@@ -9,9 +9,7 @@ in, so that a layer is computed on the heads of its device and summed up once; `
 alone.
 """
 
-import difflib
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seqmodels.errors import InputError
+from seqmodels.parameter_rules import parameter_paths, values_by_rules
 
 Axes = Sequence[str | Sequence[str] | None]
 PartitionRules = Sequence[tuple[str, Axes]]
@@ -35,59 +34,41 @@ DEFAULT_RULES: PartitionRules = (
 )
 
 
-def check_rules(rules: PartitionRules, mesh: Mesh, table: str) -> None:
-    """Raise InputError for what is no rule, or names an axis that the mesh does not have."""
-    for rule in rules:
-        if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)):
-            raise InputError(f"{table}: a rule is a pair ('regular expression', axes), not {rule!r}")
-        if isinstance(rule[1], str) or not isinstance(rule[1], (tuple, list)):
-            raise InputError(f"{table}: the axes of {rule[0]!r} are a tuple such as (None, 'fsdp'), not {rule[1]!r}")
-        try:
-            re.compile(rule[0])
-        except re.error as error:
-            raise InputError(f"{table}: {rule[0]!r} is not a regular expression: {error}") from None
-        for axis in jax.tree.leaves(list(rule[1])):
+def partition(parameters: Any, mesh: Mesh, rules: PartitionRules = (), table: str = "DeviceMesh.rules") -> Any:
+    """A tree like `parameters` (arrays or shapes) of NamedShardings, by `rules` and then `DEFAULT_RULES`.
+
+    Raises InputError, which names the `table`, for what is no rule, names no axis of the mesh, or decides no parameter.
+    """
+
+    def check(pattern: str, axes: Any) -> None:
+        if not isinstance(axes, (tuple, list)):
+            raise InputError(f"{table}: the axes of {pattern!r} are a tuple such as (None, 'fsdp'), not {axes!r}")
+        for axis in jax.tree.leaves(list(axes)):
             if axis not in mesh.shape:
-                raise InputError(f"{table}: {rule[0]!r} names the axis {axis!r}; expected {', '.join(mesh.shape)}")
+                raise InputError(f"{table}: {pattern!r} names the axis {axis!r}; expected {', '.join(mesh.shape)}")
 
-
-def partition(parameters: Any, mesh: Mesh, rules: PartitionRules = ()) -> Any:
-    """A tree like `parameters` (arrays or shapes) of NamedShardings, by `rules` and then `DEFAULT_RULES`."""
-    table, used = (*rules, *DEFAULT_RULES), set()
-
-    def sharding(keys: tuple, x: Any) -> NamedSharding:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        pattern, axes = next(rule for rule in table if re.search(rule[0], path))
-        used.add(pattern)
-        return NamedSharding(mesh, _fitted(axes, x.shape, mesh))
-
-    shardings = jax.tree_util.tree_map_with_path(sharding, parameters)
-    paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in jax.tree.leaves_with_path(parameters)]
-    for pattern, _ in rules:
-        if pattern not in used:
-            closest = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)[0]
-            raise InputError(f"partition rules: {pattern!r} decides no parameter; the nearest is {closest!r}")
-    return shardings
+    axes_of_all = values_by_rules(rules, parameters, otherwise=DEFAULT_RULES, table=table, check=check)
+    leaves, structure = jax.tree.flatten(parameters)
+    shardings = [NamedSharding(mesh, _fitted(axes, x.shape, mesh)) for axes, x in zip(axes_of_all, leaves)]
+    return jax.tree.unflatten(structure, shardings)
 
 
 def partition_like(tree: Any, parameters: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a tree that holds arrays of parameters, by their paths and shapes: those of the parameters; what is
     none, a counter say, or a parameter's moments in another shape, is whole on every device."""
-    leaves = jax.tree_util.tree_leaves_with_path(parameters)
-    known = {
-        (jax.tree_util.keystr(keys, simple=True, separator="/"), x.shape): sharding
-        for (keys, x), sharding in zip(leaves, jax.tree.leaves(shardings))
-    }
+    paths, leaves = parameter_paths(parameters), jax.tree.leaves(parameters)
+    known = {(path, x.shape): sharding for path, x, sharding in zip(paths, leaves, jax.tree.leaves(shardings))}
 
-    def sharding(keys: tuple, x: Any) -> NamedSharding:
-        parts = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
+    def sharding(path: str, x: Any) -> NamedSharding:
+        parts = path.split("/")
         for start in range(len(parts)):
             found = known.get(("/".join(parts[start:]), x.shape))
             if found is not None:
                 return found
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    found = [sharding(path, x) for path, x in zip(parameter_paths(tree), jax.tree.leaves(tree))]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
 def _fitted(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -102,11 +83,11 @@ def _fitted(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def partition_table(parameters: Any, shardings: Any) -> str:
     """How every parameter is split, and its bytes on a device, as text."""
     rows, total = [], 0
-    for (keys, x), sharding in zip(jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings)):
+    leaves = jax.tree.leaves(parameters), jax.tree.leaves(shardings)
+    for path, x, sharding in zip(parameter_paths(parameters), *leaves):
         shape = sharding.shard_shape(x.shape)
         size = math.prod(shape) * x.dtype.itemsize
         total += size
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
         axes = ", ".join("+".join(jax.tree.leaves([axis])) if axis else "-" for axis in sharding.spec)
         rows.append((path, str(list(x.shape)), f"({axes})", str(list(shape)), f"{size:,}"))
     rows = [("parameter", "shape", "split over", "on a device", "bytes"), *rows, ("all", "", "", "", f"{total:,}")]

@@ -13,7 +13,7 @@ from seqmodels.data.transforms import Transform
 from seqmodels.errors import InputError
 from seqmodels.notation import TIME_AXIS
 from seqmodels.parallel.mesh import batch_shards, make_mesh
-from seqmodels.parallel.partition import PartitionRules, check_rules
+from seqmodels.parallel.partition import PartitionRules
 from seqmodels.training.optimizer import AdamW, Optimizer
 
 
@@ -37,14 +37,12 @@ class DeviceMesh:
     rules: PartitionRules = ()
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh over these devices, None for all; raises `InputError` where the sizes or the rules do not fit."""
+        """The mesh over these devices, None for all; raises `InputError` where the sizes do not fit."""
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "seq", "tensor", "slices")}
         try:
-            mesh = make_mesh(**sizes, devices=devices)
+            return make_mesh(**sizes, devices=devices)
         except InputError as error:
             raise InputError(f"DeviceMesh: {error}") from None
-        check_rules(self.rules, mesh, "DeviceMesh.rules")
-        return mesh
 
 
 _POSITIVE = ("batch_size", "seq_len", "steps", "accumulate", "log_every", "keep")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from seqmodels.errors import InputError, nearest
-from seqmodels.training.parameter_rules import Rules, apply_rules
+from seqmodels.parameter_rules import Rules, apply_rules
 
 # Decay pulls towards zero, which means nothing for a bias, a norm's scale, or the logarithm of a time
 # constant; and small embeddings make large gradients in the first layers (OLMo 2, 2025, 2501.00656).

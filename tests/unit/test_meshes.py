@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from seqmodels.errors import InputError
 from seqmodels.models import LanguageModel
 from seqmodels.parallel.mesh import make_mesh, place_batch, rows_of_process
-from seqmodels.parallel.partition import check_rules, partition, partition_like, partition_table
+from seqmodels.parallel.partition import partition, partition_like, partition_table
 from seqmodels.training import AdamW, parameter_shapes, state_shapes
 
 MODEL = LanguageModel(vocab_size=32, d_model=16, n_layers=4, pattern=("gated_linear_attention",))
@@ -103,9 +103,9 @@ def test_an_axis_that_does_not_divide_leaves_its_dimension_whole():
 )
 def test_wrong_rules(rules, message):
     with pytest.raises(InputError, match=message):
-        check_rules(rules, make_mesh(), "DeviceMesh.rules")
+        partition({"kernel": jax.ShapeDtypeStruct((8,), jnp.float32)}, make_mesh(), rules)
 
 
 def test_a_rule_that_decides_nothing():
-    with pytest.raises(InputError, match="'kernl' decides no parameter; the nearest is 'kernel'"):
+    with pytest.raises(InputError, match="'kernl' matches no parameter; the nearest is 'kernel'"):
         partition({"kernel": jax.ShapeDtypeStruct((8,), jnp.float32)}, make_mesh(), [("kernl", ())])

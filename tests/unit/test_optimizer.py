@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from seqmodels.errors import InputError
+from seqmodels.parameter_rules import apply_rules, parameter_paths
 from seqmodels.training.optimizer import SCHEDULES, SGD, Adafactor, AdamW, Lion, make_schedule
-from seqmodels.training.parameter_rules import apply_rules, parameter_paths
 
 PARAMETERS = {
     "embedding": {"embedding": jnp.ones((4, 2))},
