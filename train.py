@@ -135,6 +135,7 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
         state_shardings=shardings_of(shapes),
         z_loss=job.z_loss,
         accumulate=job.accumulate,
+        compiler_options=job.compiler_options(mesh),
     )
     evaluate = make_evaluator(
         model,

@@ -45,6 +45,9 @@ class Dataset(abc.ABC):
     reader_threads: int = 0
     """Threads that read batches ahead; 0 for what is in memory, where they would only get in the way."""
 
+    packed: bool = False
+    """Whether its batches have segment_ids."""
+
     @property
     @abc.abstractmethod
     def vocab_size(self) -> int:

@@ -12,6 +12,7 @@ from seqmodels.data.dataset import Dataset, read_ahead
 from seqmodels.data.sources import HELD_OUT, TEXT_SUFFIXES, TRAIN, find_files, read_documents
 from seqmodels.data.tokenizers import load_tokenizer
 from seqmodels.data.tokens import (
+    TOKENIZER_FILE,
     Tokens,
     TokensOnDisk,
     encode_corpus,
@@ -35,7 +36,8 @@ class TextData(Dataset):
     paths: files, folders, glob patterns (see `seqmodels.data.sources.find_files`), read and tokenised into
         memory when first needed; or the one folder that `seqmodels.tools.tokenize_corpus` wrote, which stays
         on disk and may be of any size. None: the sources of Python's standard library, 11 MB, always there.
-    tokenizer: "bytes" (258 ids), or the path of a Hugging Face tokenizer.json.
+    tokenizer: "bytes" (258 ids), or the path of a Hugging Face tokenizer.json. None: that of the tokenised corpus,
+        or else bytes.
     packing: "concatenate" cuts the corpus, a separator between documents, every `seq_len` tokens: no padding,
         and rows that begin anywhere. "pack" lays whole documents side by side, with segment ids, and pads
         what stays free; a document longer than a row is cut into several, each a segment of its own.
@@ -54,7 +56,7 @@ class TextData(Dataset):
     def __init__(
         self,
         paths: str | Sequence[str] | None = None,
-        tokenizer: str = "bytes",
+        tokenizer: str | None = None,
         packing: str = "concatenate",
         held_out_fraction: float | None = None,
         column: str = "text",
@@ -64,13 +66,16 @@ class TextData(Dataset):
         if packing not in PACKINGS:
             raise InputError(f"TextData: packing is {packing!r}; {nearest(packing, PACKINGS)}")
         check_held_out_fraction(held_out_fraction)
-        self.tokenizer = load_tokenizer(tokenizer, mask_token)
         self._paths = [paths] if isinstance(paths, str) else paths
-        self._packing = packing
+        self.packed = packing == "pack"
         self._held_out_fraction = held_out_fraction
         self._column = column
         self._text_suffixes = text_suffixes
         self._tokenized = any(is_tokenized(path) for path in self._paths or ())
+        if tokenizer is None:
+            own = [Path(path) / TOKENIZER_FILE for path in (self._paths or ()) if self._tokenized]
+            tokenizer = next((str(file) for file in own if file.exists()), "bytes")
+        self.tokenizer = load_tokenizer(tokenizer, mask_token)
         self.reader_threads = READER_THREADS if self._tokenized else 0
 
     @property
@@ -106,7 +111,7 @@ class TextData(Dataset):
         folder = Path(self._paths[0])
         manifest = read_manifest(folder)
         if manifest["tokenizer"] != self.tokenizer.fingerprint:
-            wanted = "bytes" if manifest["tokenizer"] == "bytes" else str(folder / "tokenizer.json")
+            wanted = "bytes" if manifest["tokenizer"] == "bytes" else str(folder / TOKENIZER_FILE)
             raise InputError(
                 f"{folder} was tokenised with another tokenizer: set the tokenizer to {wanted!r}"
             )
@@ -127,11 +132,11 @@ class TextData(Dataset):
     def _rows(self, side: str, seq_len: int, seed: int) -> grain.MapDataset | grain.IterDataset:
         # Grain shuffles epoch e with seed + e: seeds as they come would make one run's epoch another run's.
         order_seed, row_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
-        cut = Windows if self._packing == "concatenate" else Pieces
+        cut = Pieces if self.packed else Windows
         rows = grain.MapDataset.source(cut(self.splits[side], seq_len)).shuffle(order_seed)
         if side == TRAIN:
             rows = rows.repeat()
-        if self._packing == "concatenate":
+        if not self.packed:
             return rows.random_map(self._complete_row, seed=row_seed)
         packed = grain.experimental.FirstFitPackIterDataset(
             rows.to_iter_dataset(read_ahead(self.reader_threads)),

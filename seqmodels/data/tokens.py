@@ -33,6 +33,7 @@ from seqmodels.errors import InputError
 
 BLOCK = 8192
 MANIFEST = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
 FORMAT = "seqmodels tokens 1"
 INCOMPLETE_SUFFIX = ".incomplete"
 ENCODE_BYTES = 4 << 20

@@ -17,6 +17,7 @@ from seqmodels.data.tokens import (
     FORMAT,
     INCOMPLETE_SUFFIX,
     MANIFEST,
+    TOKENIZER_FILE,
     TokenWriter,
     encode_corpus,
     smallest_dtype,
@@ -56,8 +57,8 @@ def tokenize_corpus(
         folder.mkdir(parents=True)
         manifest = _write_splits(files, folder, loaded, held_out_fraction, column, shard_tokens)
         if tokenizer != "bytes":
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
-            sync_to_disk(folder / "tokenizer.json")
+            shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
+            sync_to_disk(folder / TOKENIZER_FILE)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         sync_to_disk(folder / MANIFEST)
         sync_to_disk(folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from jax.sharding import Mesh
 
 from seqmodels.data import Dataset
 from seqmodels.data.transforms import Transform
-from seqmodels.errors import InputError
+from seqmodels.errors import InputError, nearest
 from seqmodels.notation import TIME_AXIS
 from seqmodels.parallel.mesh import batch_shards, make_mesh
 from seqmodels.parallel.partition import PartitionRules
+from seqmodels.training.compiler_presets import PRESETS, compiler_options
 from seqmodels.training.optimizer import AdamW, Optimizer
 
 
@@ -66,6 +68,7 @@ class TrainingJob:
             None starts with random ones.
         seed: of the parameters, the order of the data, and what a layer draws in training (dropout).
         accumulate: work a batch off in this many parts, to save memory; the result is the same.
+        compiler_preset: options of XLA by name, see `seqmodels.training.compiler_presets`; None for none.
         z_loss: coefficient of the squared log-normaliser; 1e-4 is usual.
         log_every: updates from one row of `metrics.jsonl` to the next.
         eval_every: updates from one evaluation to the next; None evaluates at the end only.
@@ -88,6 +91,7 @@ class TrainingJob:
     start_from: str | None = None
     seed: int = 0
     accumulate: int = 1
+    compiler_preset: str | None = None
     z_loss: float = 0.0
     log_every: int = 10
     eval_every: int | None = None
@@ -107,6 +111,9 @@ class TrainingJob:
                 raise InputError(f"train.{name} is {value!r}: expected a whole number of at least 1")
         if self.sample_tokens < 0:
             raise InputError(f"train.sample_tokens is {self.sample_tokens}: expected 0 or more")
+        preset = self.compiler_preset
+        if preset is not None and preset not in PRESETS:
+            raise InputError(f"train.compiler_preset is {preset!r}; {nearest(preset, PRESETS)}")
         if self.profile_steps is not None:
             first, last = self.profile_steps
             if not 1 <= first <= last <= self.steps:
@@ -119,6 +126,10 @@ class TrainingJob:
                 f"the model's vocab_size is {self.model.vocab_size}, but the data has tokens up to "
                 f"{self.data.vocab_size - 1}: expected at least {self.data.vocab_size}"
             )
+
+    def compiler_options(self, mesh: Mesh) -> dict[str, Any]:
+        """Options of XLA for the training step on this mesh."""
+        return compiler_options(self.compiler_preset, mesh)
 
     def check_fits(self, mesh: Mesh) -> None:
         """Raise `InputError` if the batch, its length or the heads of the model cannot be split evenly over the mesh

@@ -1,7 +1,7 @@
 """One update: gradients, clipping, optimizer, and the numbers worth watching, in one compiled program."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ def make_train_step(
     state_shardings: TrainState | None = None,
     z_loss: float = 0.0,
     accumulate: int = 1,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepResult]]:
     """The jitted training step. It consumes (donates) the state that it is given.
 
@@ -46,6 +47,7 @@ def make_train_step(
         accumulate: the batch is worked off in this many parts, one after the other, for the memory of one
             part. The result is that of the whole batch, whatever weight each part has. The batch size must be
             a multiple of `accumulate` times the number of batch shards.
+        compiler_options: of XLA, for the devices of the mesh.
     """
 
     def objective(params, batch, key, total_weight):
@@ -98,4 +100,9 @@ def make_train_step(
 
     everywhere = replicated(mesh)
     of_state = everywhere if state_shardings is None else state_shardings
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(of_state, everywhere))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(of_state, everywhere),
+        compiler_options=dict(compiler_options or {}),
+    )

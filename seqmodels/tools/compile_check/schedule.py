@@ -1,0 +1,329 @@
+"""What a compiled program does on one device, counted from its schedule: loops multiplied out, fusions looked into.
+
+    operations     of matrix products and convolutions
+    traffic        bytes to and from the device's memory: what an instruction reads and writes there, of an array that
+                   it slices or updates in place the slice alone
+    collectives    what travels between devices, how often, and whether anything else runs meanwhile
+    kernels        custom calls that are programs of their own
+
+Times are bounds, not measurements: an instruction takes the longer of its operations at the chip's peak and its traffic
+at the memory's full bandwidth, one after the other; a collective takes its bytes over the links that it uses, beside
+what runs between its start and its end. The operations of kernels are not known here; their traffic is.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+from seqmodels.tools.compile_check.chips import Chip
+from seqmodels.tools.compile_check.hlo import Computation, Instruction, Module, buffers, payload, talk
+
+# They neither compute nor move anything.
+_FREE = {
+    "add-dependency",
+    "after-all",
+    "bitcast",
+    "constant",
+    "domain",
+    "get-tuple-element",
+    "iota",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+}
+
+
+@dataclasses.dataclass
+class Collective:
+    """Collectives of one kind, between the same devices, of the same size.
+
+    axes: mesh axes along which those that talk differ. devices: in a group. bytes: of the whole array that is gathered,
+    reduced, scattered or sent, for each. wire_bytes: that a device sends, seconds on its links, all together.
+    overlapped: how many have anything else running between start and end.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    devices: int
+    dtype: str
+    bytes: float
+    count: int = 0
+    overlapped: int = 0
+    wire_bytes: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Counts:
+    """What one device does in one run of the program.
+
+    schedule_seconds: all instructions one after the other, collectives beside what overlaps them. hidden_seconds: of
+    the collectives'. compiler_seconds: the compiler's own estimate of the same, where it makes one, without
+    collectives. unknown_loops: those whose length becomes known only as they run; they are counted once.
+    """
+
+    operations: float = 0.0
+    traffic: float = 0.0
+    compiler_seconds: float = 0.0
+    schedule_seconds: float = 0.0
+    hidden_seconds: float = 0.0
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+
+
+def count(text: str, mesh: Mapping[str, int], chip: Chip) -> Counts:
+    """Of the text of a compiled program whose devices are numbered in the order of a mesh with these axes."""
+    return _Counter(Module(text), mesh, chip).run()
+
+
+class _Pending:
+    """A collective under way: when it will have ended, and how long other work has run since it began."""
+
+    def __init__(self, entry: Collective, end: float, seconds: float):
+        self.entry, self.end, self.seconds, self.work = entry, end, seconds, 0.0
+
+
+class _Counter:
+    def __init__(self, module: Module, mesh: Mapping[str, int], chip: Chip):
+        self.module, self.mesh, self.chip = module, mesh, chip
+        self.counts = Counts()
+        self.groups: dict[tuple, Collective] = {}
+        self.kernels: collections.Counter[str] = collections.Counter()
+
+    def run(self) -> Counts:
+        self.counts.schedule_seconds = self._walk(self.module.computations[self.module.entry], 1)
+        self.counts.collectives = sorted(self.groups.values(), key=lambda x: -x.wire_bytes)
+        self.counts.kernels = dict(sorted(self.kernels.items()))
+        return self.counts
+
+    def _walk(self, body: Computation, times: int, carried: frozenset[str] = frozenset()) -> float:
+        """Note what `times` runs of a computation do; returns the seconds of one. carried: collectives that are under
+        way around it, which its instructions may carry on."""
+        now, pending = 0.0, {}
+        last = _last_mentions(self.module, body)
+        for place, x in enumerate(body):
+            if x.opcode in _FREE:
+                continue
+            under_way_here = carried | pending.keys()
+            if x.opcode == "while":
+                trips = self.module.trips(x, body)
+                self.counts.unknown_loops += trips is None
+                trips = 1 if trips is None else trips
+                inner = self.module.computations[x.attribute("body")]
+                work = trips * self._walk(inner, times * trips, under_way_here)
+            elif x.opcode == "conditional":
+                work = max((self._walk(branch, times, under_way_here) for branch in self._branches(x)), default=0.0)
+            elif x.opcode == "call":
+                work = self._walk(self.module.called(x), times, under_way_here)
+            else:
+                for started in self._collectives(x):
+                    key = _key(started)
+                    if key not in under_way_here:
+                        entry, seconds = self._enter(started, x, times)
+                        pending[key] = _Pending(entry, now + seconds, seconds)
+                work = 0.0 if _waits(x) else self._instruction(x, times)
+            now += work
+            for key, one in list(pending.items()):
+                if last[key] > place:
+                    one.work += 0.0 if _starts(x, key, self.module) else work
+                    continue
+                del pending[key]
+                if one.work > 0:
+                    one.entry.overlapped += times
+                    self.counts.hidden_seconds += times * min(one.work, one.seconds)
+                now = max(now, one.end)
+        return now
+
+    def _branches(self, x: Instruction) -> list[Computation]:
+        listed = re.search(r"branch_computations=\{([^}]*)\}", x.attributes)
+        names = re.findall(r"%([\w.\-]+)", listed[1]) if listed else []
+        names += [x.attribute("true_computation"), x.attribute("false_computation")]
+        return [self.module.computations[name] for name in names if name in self.module.computations]
+
+    def _collectives(self, x: Instruction) -> list[Instruction]:
+        return [y for y in self.module.inside(x) if y.collective]
+
+    def _enter(self, x: Instruction, around: Instruction, times: int) -> tuple[Collective, float]:
+        """Note a collective; `around` is the instruction of the schedule that it is or is part of."""
+        kind, group = x.collective, talk(x, self.mesh)
+        # A sum of which every device keeps a part is written as a sum within a fusion of this name.
+        if kind == "all-reduce" and around.attribute("calls").startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        moved = sum(payload(self.module.shapes[name]) for name in x.operands)
+        if kind == "all-gather":
+            moved *= group.size
+        share = {"collective-permute": 1.0, "all-reduce": 2 * (1 - 1 / group.size)}.get(kind, 1 - 1 / group.size)
+        links = re.search(r"colors:(\d+)", x.attributes + around.attributes)
+        # A permute takes one link. Rings that the compiler does not describe are taken to use both directions of one.
+        used = 1 if kind == "collective-permute" else int(links[1]) if links else 2
+        seconds = share * moved / (used * self.chip.link)
+        dtype = buffers(self.module.shapes[x.operands[0]])[0].dtype
+        key = (kind, *group, dtype, moved)
+        entry = self.groups.setdefault(key, Collective(kind, *group, dtype, moved))
+        entry.count += times
+        entry.wire_bytes += times * share * moved
+        entry.seconds += times * seconds
+        shapes = (x.shape, *(self.module.shapes[name] for name in x.operands))
+        self.counts.traffic += times * sum(map(_in_memory, shapes))
+        return entry, seconds
+
+    def _instruction(self, x: Instruction, times: int) -> float:
+        operations = sum(_operations(y, self.module.shapes) for y in self.module.inside(x))
+        traffic = self._traffic(x)
+        self.counts.operations += times * operations
+        self.counts.traffic += times * traffic
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
+        if cycles:
+            self.counts.compiler_seconds += times * int(cycles[1]) / self.chip.clock
+        if x.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in x.attributes:
+            self.kernels[re.sub(r"[.\d]+$", "", x.name)] += times
+        return max(operations / self.chip.flops, traffic / self.chip.bandwidth)
+
+    def _traffic(self, x: Instruction) -> float:
+        """Bytes that one run of an instruction reads from the device's memory and writes to it."""
+        shapes = self.module.shapes
+        if "AllocateBuffer" in x.attributes or x.collective:  # those of collectives are counted where they start
+            return 0.0
+        if x.opcode == "slice-start":
+            return sum(2.0 * part.bytes if part.space == 0 else part.bytes for part in buffers(x.shape)[1:2])
+        if x.opcode.endswith("-start"):  # of a copy to or from the chip
+            return _in_memory(x.shape)
+        if x.opcode == "dynamic-update-slice":
+            return 2.0 * _in_memory(shapes[x.operands[1]])
+        if x.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2.0 * _in_memory(x.shape)
+        body = self.module.called(x) if x.opcode == "fusion" else []
+        if not body:
+            return _in_memory(x.shape) + sum(_in_memory(shapes[name]) for name in x.operands)
+        read = 0.0
+        for y in body:
+            if y.opcode == "parameter":
+                whole = _in_memory(shapes[x.operands[int(y.literal)]])
+                read += min(whole, self._read(body, y.name)) if whole else 0.0
+        return read + sum(self._written(x, body))
+
+    def _read(self, body: Computation, name: str) -> float:
+        """Bytes of an argument that a computation reads; infinite for all of it."""
+        total = 0.0
+        for y in body:
+            if name not in y.operands:
+                continue
+            if y.opcode in ("dynamic-slice", "slice") and y.operands[0] == name:
+                total += payload(y.shape)
+            elif (
+                y.collective
+                or (y.opcode == "dynamic-update-slice" and name not in y.operands[1:])
+                or (y.is_root and y.opcode == "tuple")
+            ):
+                pass
+            elif y.opcode == "bitcast":
+                total += self._read(body, y.name)
+            elif y.opcode == "fusion":
+                inner = {int(z.literal): z.name for z in self.module.called(y) if z.opcode == "parameter"}
+                for place, operand in enumerate(y.operands):
+                    if operand == name:
+                        total += self._read(self.module.called(y), inner[place])
+            else:
+                return math.inf
+        return total
+
+    def _written(self, x: Instruction, body: Computation) -> list[float]:
+        """Bytes that a fusion writes, for each of its outputs."""
+        by_name = {y.name: y for y in body}
+        root = next(y for y in body if y.is_root)
+        outputs = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        written = []
+        for output, whole in zip(outputs, buffers(x.shape)):
+            size = float(whole.bytes) if whole.space == 0 else 0.0
+            inner = by_name
+            while output is not None and output.opcode in ("bitcast", "fusion"):
+                if output.opcode == "fusion":
+                    inner = {y.name: y for y in self.module.called(output)}
+                    output = next((y for y in inner.values() if y.is_root), None)
+                else:
+                    output = inner.get(output.operands[0])
+            if output is None or output.opcode == "parameter" or output.collective:
+                size = 0.0
+            elif output.opcode == "dynamic-update-slice":
+                size = min(size, payload(self.module.shapes[output.operands[1]]))
+            written.append(size)
+        return written
+
+
+def _key(x: Instruction) -> str:
+    """What the instructions that start a collective, carry it on and wait for it have in common."""
+    return x.attribute("channel_id") or x.name
+
+
+def _last_mentions(module: Module, body: Computation) -> dict[str, int]:
+    """The last place of a schedule where each collective is still under way."""
+    last: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    for place, x in enumerate(body):
+        keys = {_key(y) for y in module.inside(x) if y.collective}
+        if x.opcode.endswith("-done") and x.operands and x.operands[0] in owner:
+            keys.add(owner[x.operands[0]])
+        for key in keys:
+            last[key] = place
+            owner[x.name] = key
+    return last
+
+
+def _waits(x: Instruction) -> bool:
+    return x.opcode.endswith("-done") or x.name.startswith("async-collective-done")
+
+
+def _starts(x: Instruction, key: str, module: Module) -> bool:
+    """Whether an instruction does nothing but to start this collective."""
+    begins = x.opcode.endswith("-start") or x.name.startswith("async-collective-start")
+    return begins and any(_key(y) == key for y in module.inside(x) if y.collective)
+
+
+def _in_memory(shape: str) -> float:
+    return float(sum(buffer.bytes for buffer in buffers(shape) if buffer.space == 0))
+
+
+def _operations(x: Instruction, shapes: Mapping[str, str]) -> float:
+    if x.opcode not in ("dot", "convolution"):
+        return 0.0
+    out, left, right = (buffers(shape)[0].dimensions for shape in (x.shape, *(shapes[name] for name in x.operands[:2])))
+    if x.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
+        return 2.0 * math.prod(out) * math.prod(left[int(i)] for i in contracted[1].split(",") if i)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes)
+    of_left, of_right, of_out = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", x.attributes)
+    positions = 1
+    for i in range(sum(label.isdigit() for label in of_out)):
+        positions *= _positions(left[of_left.index(str(i))], out[of_out.index(str(i))], window[1], i)
+    return 2.0 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")] * positions
+
+
+def _positions(length: int, outputs: int, window: str, dimension: int) -> int:
+    """Pairs of an output's place and a place in the window that meet an element of the input. The compiler writes
+    products over batches and others as convolutions in which most places meet padding."""
+
+    def field(name: str, otherwise: str) -> str:
+        found = re.search(rf"(?<![\w]){name}=([\w\-]+)", window)
+        return found[1].split("x")[dimension] if found else otherwise
+
+    size, stride = int(field("size", "1")), int(field("stride", "1"))
+    before = int(field("pad", "0_0").split("_")[0])
+    spread, apart = int(field("lhs_dilate", "1")), int(field("rhs_dilate", "1"))
+    total = 0
+    for place in range(size):
+        # Outputs o with o * stride + place * apart - before = spread * i for an i of 0 to length - 1.
+        offset = place * apart - before
+        if spread == 1:
+            first = max(0, -(offset // stride))
+            last = min(outputs - 1, (length - 1 - offset) // stride)
+            total += max(0, last - first + 1)
+        else:
+            at = [o * stride + offset for o in range(outputs)]
+            total += sum(0 <= i < length * spread and i % spread == 0 for i in at)
+    return total
