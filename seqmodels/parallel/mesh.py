@@ -52,16 +52,18 @@ def make_mesh(
         raise InputError(f"mesh ({asked}) does not fit {count} devices: the sizes must multiply to {count}")
     if slices < 1 or sizes[0] % slices:
         raise InputError(f"mesh ({asked}): slices={slices} does not divide data={sizes[0]}")
-    # Auto axes: the default (Explicit) refuses the partitioning annotations of linen modules.
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
     inner = (sizes[0] // slices, *sizes[1:])
-    if len({getattr(device, "slice_index", None) for device in devices}) == slices:
-        placed = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices)
+    if slices == 1:
+        # Where an axis of the mesh matches no axes of the network, as 64 on 16 x 16, it takes a part of one.
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    elif len({getattr(device, "slice_index", None) for device in devices}) == slices:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:
         placed = np.array(devices).reshape(sizes)
-    return Mesh(placed, MESH_AXES, axis_types=types)
+    # Auto axes: the default (Explicit) refuses the partitioning annotations of linen modules.
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def must_take_turns(devices: Iterable[jax.Device]) -> bool:
