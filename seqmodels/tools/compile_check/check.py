@@ -188,14 +188,11 @@ def merged(collectives: list[Collective]) -> list[Collective]:
     """Collectives of one kind along the same axes as one entry, whatever their sizes: `bytes` is then the largest."""
     found: dict[tuple, Collective] = {}
     for x in collectives:
-        entry = found.setdefault(
-            (x.kind, x.axes, x.dtype), dataclasses.replace(x, count=0, overlapped=0, wire_bytes=0.0, seconds=0.0)
-        )
-        entry.count += x.count
-        entry.overlapped += x.overlapped
-        entry.wire_bytes += x.wire_bytes
-        entry.seconds += x.seconds
+        fresh = Collective(x.kind, x.axes, x.devices, x.by, x.dtype, 0.0)
+        entry = found.setdefault((x.kind, x.axes, x.by, x.dtype), fresh)
         entry.bytes = max(entry.bytes, x.bytes)
+        for name in ("count", "overlapped", "wire_bytes", "seconds", "hidden_seconds"):
+            setattr(entry, name, getattr(entry, name) + getattr(x, name))
     return sorted(found.values(), key=lambda x: -x.wire_bytes)
 
 

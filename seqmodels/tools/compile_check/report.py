@@ -40,9 +40,20 @@ def text(report: Report) -> str:
     if counts.unknown_loops:
         lines.append(f"  loops        {counts.unknown_loops} of a length known only as they run, counted once")
     lines.append("  collectives  " + ("of a device in a step:" if counts.collectives else "none"))
-    columns = "  {:<20} {:<14} {:>7} {:>6} {:>11} {:>13} {:>11} {:>9}"
+    columns = "  {:<22} {:<10} {:<11} {:>7} {:>6} {:>10} {:>11} {:>10} {:>8} {:>9}"
     if counts.collectives:
-        head = ("kind", "over", "devices", "count", "overlapped", "largest MiB", "wire MiB", "link ms")
+        head = (
+            "kind",
+            "over",
+            "by",
+            "devices",
+            "count",
+            "overlapped",
+            "largest MiB",
+            "wire MiB",
+            "link ms",
+            "hidden ms",
+        )
         lines.append(columns.format(*head))
     lines += [columns.format(*row) for row in _collectives(report)]
     return "\n".join(lines)
@@ -53,12 +64,14 @@ def _collectives(report: Report) -> list[tuple[str, ...]]:
         (
             f"{x.kind} {x.dtype}",
             "+".join(x.axes) or "-",
+            x.by,
             str(x.devices),
             str(x.count),
             str(x.overlapped),
             f"{x.bytes / 2**20:.2f}",
             f"{x.wire_bytes / 2**20:.1f}",
             f"{1e3 * x.seconds:.2f}",
+            f"{1e3 * x.hidden_seconds:.2f}",
         )
         for x in merged(report.counts.collectives)
     ]
@@ -83,7 +96,11 @@ def section(reports: Sequence[Report]) -> list[str]:
             continue
         arguments = x.memory.total - x.memory.temporaries - x.memory.code
         bounds = [f"{1e3 * x.bounds[name]:.0f}" for name in ("model", "compute", "memory", "links")]
-        times = (*bounds, f"{1e3 * x.counts.hidden_seconds:.0f}", f"{1e3 * x.bounds['schedule']:.0f}")
+        times = (
+            *bounds,
+            f"{1e3 * sum(y.hidden_seconds for y in x.counts.collectives):.0f}",
+            f"{1e3 * x.bounds['schedule']:.0f}",
+        )
         sizes = (gib(x.memory.total), gib(x.capacity), gib(arguments), gib(x.memory.temporaries))
         rows.append((x.target, *sizes, *times))
     return [markdown_table(columns, rows), *(f"```\n{text(x)}\n```" for x in reports)]

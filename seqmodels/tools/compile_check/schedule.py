@@ -41,36 +41,38 @@ _FREE = {
 class Collective:
     """Collectives of one kind, between the same devices, of the same size.
 
-    axes: mesh axes along which those that talk differ. devices: in a group. bytes: of the whole array that is gathered,
-    reduced, scattered or sent, for each. wire_bytes: that a device sends, seconds on its links, all together.
-    overlapped: how many have anything else running between start and end.
+    axes: mesh axes along which those that talk differ. devices: in a group. by: "operators", inside `jax.shard_map`, or
+    "partitioner", by which XLA splits all else: weights, gradients, sums. bytes: of the whole array that is gathered,
+    reduced, scattered or sent, for each. wire_bytes: that a device sends, all together; seconds: on its links, of which
+    hidden_seconds are beside other work. overlapped: how many are so for at least half of their time.
     """
 
     kind: str
     axes: tuple[str, ...]
     devices: int
+    by: str
     dtype: str
     bytes: float
     count: int = 0
     overlapped: int = 0
     wire_bytes: float = 0.0
     seconds: float = 0.0
+    hidden_seconds: float = 0.0
 
 
 @dataclasses.dataclass
 class Counts:
     """What one device does in one run of the program.
 
-    schedule_seconds: all instructions one after the other, collectives beside what overlaps them. hidden_seconds: of
-    the collectives'. compiler_seconds: the compiler's own estimate of the same, where it makes one, without
-    collectives. unknown_loops: those whose length becomes known only as they run; they are counted once.
+    schedule_seconds: all instructions one after the other, collectives beside what overlaps them. compiler_seconds: the
+    compiler's own estimate of the same, where it makes one, without collectives. unknown_loops: those whose length
+    becomes known only as they run; they are counted once.
     """
 
     operations: float = 0.0
     traffic: float = 0.0
     compiler_seconds: float = 0.0
     schedule_seconds: float = 0.0
-    hidden_seconds: float = 0.0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
@@ -124,7 +126,8 @@ class _Counter:
                 for started in self._collectives(x):
                     key = _key(started)
                     if key not in under_way_here:
-                        entry, seconds = self._enter(started, x, times)
+                        by = "operators" if "/shard_map" in _origin(x, started, body) else "partitioner"
+                        entry, seconds = self._enter(started, x, by, body, times)
                         pending[key] = _Pending(entry, now + seconds, seconds)
                 work = 0.0 if _waits(x) else self._instruction(x, times)
             now += work
@@ -133,9 +136,9 @@ class _Counter:
                     one.work += 0.0 if _starts(x, key, self.module) else work
                     continue
                 del pending[key]
-                if one.work > 0:
-                    one.entry.overlapped += times
-                    self.counts.hidden_seconds += times * min(one.work, one.seconds)
+                hidden = min(one.work, one.seconds)
+                one.entry.overlapped += times if hidden > one.seconds / 2 else 0
+                one.entry.hidden_seconds += times * hidden
                 now = max(now, one.end)
         return now
 
@@ -148,23 +151,29 @@ class _Counter:
     def _collectives(self, x: Instruction) -> list[Instruction]:
         return [y for y in self.module.inside(x) if y.collective]
 
-    def _enter(self, x: Instruction, around: Instruction, times: int) -> tuple[Collective, float]:
+    def _enter(
+        self, x: Instruction, around: Instruction, by: str, body: Computation, times: int
+    ) -> tuple[Collective, float]:
         """Note a collective; `around` is the instruction of the schedule that it is or is part of."""
         kind, group = x.collective, talk(x, self.mesh)
         # A sum of which every device keeps a part is written as a sum within a fusion of this name.
         if kind == "all-reduce" and around.attribute("calls").startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
+        # On a torus of three dimensions an array is gathered by a sum of arrays that are zero but for their part.
+        if kind == "all-reduce" and {y.opcode for y in body if y.name in x.operands} == {"dynamic-update-slice"}:
+            kind = "all-gather by sum"
         moved = sum(payload(self.module.shapes[name]) for name in x.operands)
         if kind == "all-gather":
             moved *= group.size
-        share = {"collective-permute": 1.0, "all-reduce": 2 * (1 - 1 / group.size)}.get(kind, 1 - 1 / group.size)
+        share = (1 - 1 / group.size) * (2 if x.collective == "all-reduce" and kind != "reduce-scatter" else 1)
+        share = 1.0 if kind == "collective-permute" else share
         links = re.search(r"colors:(\d+)", x.attributes + around.attributes)
         # A permute takes one link. Rings that the compiler does not describe are taken to use both directions of one.
         used = 1 if kind == "collective-permute" else int(links[1]) if links else 2
         seconds = share * moved / (used * self.chip.link)
         dtype = buffers(self.module.shapes[x.operands[0]])[0].dtype
-        key = (kind, *group, dtype, moved)
-        entry = self.groups.setdefault(key, Collective(kind, *group, dtype, moved))
+        key = (kind, *group, by, dtype, moved)
+        entry = self.groups.setdefault(key, Collective(*key))
         entry.count += times
         entry.wire_bytes += times * share * moved
         entry.seconds += times * seconds
@@ -258,6 +267,13 @@ class _Counter:
 def _key(x: Instruction) -> str:
     """What the instructions that start a collective, carry it on and wait for it have in common."""
     return x.attribute("channel_id") or x.name
+
+
+def _origin(x: Instruction, inner: Instruction, body: Computation) -> str:
+    """Where a collective comes from in the traced program. Of one that the compiler writes in another form it says so
+    at the instruction that reads the outcome."""
+    reader = next((y for y in body if x.name in y.operands and y.source), None)
+    return inner.source or x.source or (reader.source if reader else "")
 
 
 def _last_mentions(module: Module, body: Computation) -> dict[str, int]:
