@@ -17,6 +17,8 @@ flags = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
     # The older of two code generators, which takes half the time. Later versions have one, and abort at this flag.
     flags.append("--xla_cpu_use_fusion_emitters=false")
+# A device that waits for the others ends the process after this time: on a busy machine the default is too short.
+flags.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 os.environ.setdefault(

@@ -10,17 +10,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+_ASYNC_GATHERS = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # All-gathers run beside compute. The compiler does so unasked for v5e.
-    "async_gathers": {
-        "TPU v5": {
-            "xla_enable_async_all_gather": True,
-            "xla_tpu_enable_async_collective_fusion": True,
-            "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-            "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-            "xla_tpu_overlap_compute_collective_tc": True,
-        },
-    },
+    "async_gathers": {"TPU v4": _ASYNC_GATHERS, "TPU v5": _ASYNC_GATHERS, "TPU v6 lite": _ASYNC_GATHERS},
 }
 
 

@@ -1,0 +1,1 @@
+"""What long sequences cost when devices share them: see `__main__`."""
