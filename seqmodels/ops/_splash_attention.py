@@ -50,14 +50,13 @@ def attend(
     if window is not None and window < length:
         mask = masks.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
     names = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
-    with jax.ensure_compile_time_eval():
-        kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * heads),
-            block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
     if docs is None:
         o = jax.vmap(kernel)(q, k, v)
     else:

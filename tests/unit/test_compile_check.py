@@ -1,5 +1,5 @@
-"""What is read off compiled programs: programs whose products, bytes and collectives are known by hand, compiled for TPU
-slices, and the command line on a small job."""
+"""What is read off compiled programs: of some whose products, bytes and collectives are known by hand, compiled for TPU
+slices; and the command line on a small job."""
 
 import itertools
 import json
@@ -225,7 +225,7 @@ def test_a_job_that_does_not_fit(gin, here):
         (["--topology", "v5p:8x8"], r"--topology v5p:8x8: expected the slice's shape in chips, v5p:NxNxN"),
         (["--topology", "v5e-256"], "there is no TPU generation 'v5e-256'; did you mean 'v5e'"),
         (["--topology", "v5e:2x4", "--option", "fast"], "--option 'fast': expected NAME=VALUE"),
-        (["--topology", "v5e:2x4", "--json", "/dev/null/report.json"], "--json /dev/null/report.json cannot be written"),
+        (["--topology", "v5e:2x4", "--json", "/dev/null/report.json"], "cannot be written"),
         (["--topology", "v5e:2x4", "--gin.DeviceMesh.fsdp=3"], "does not fit 8 devices"),
         (["--topology", "v5e:2x4", "--gin.train.batch_size=2"], "train.batch_size is 2: expected a multiple of 4"),
         (["--topology", "v5e:2x4", "--gin.train.compiler_preset='async'"], "did you mean 'async_gathers'"),
@@ -243,3 +243,12 @@ def test_without_the_compiler(gin, here, monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     ended = here(compile_check.main, "--config", gin, "--topology", "v5e:2x4")
     assert ended.code == EXIT_INPUT and "the TPU compiler is not installed" in ended.err
+
+
+@needs_tpu_compiler
+def test_softmax_attention_on_a_mesh_is_the_kernel(gin, here):
+    """Also where the mesh in context is of devices that nothing can run on."""
+    softmax = ["--gin.LanguageModel.pattern=('softmax_attention',)", "--gin.DeviceMesh.seq=1"]
+    width = ["--gin.LanguageModel.d_model=256", "--gin.SoftmaxAttention.num_heads=2", "--gin.train.seq_len=128"]
+    ended = here(compile_check.main, "--config", gin, "--topology", "v5e:2x2", *softmax, *width)
+    assert ended.code == EXIT_DONE and "splash_mha_fwd" in ended.out, ended

@@ -16,6 +16,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from seqmodels.tools.compile_check.chips import Chip
 from seqmodels.tools.compile_check.hlo import Computation, Instruction, Module, buffers, payload, talk
@@ -106,50 +107,61 @@ class _Counter:
     def _walk(self, body: Computation, times: int, carried: frozenset[str] = frozenset()) -> float:
         """Note what `times` runs of a computation do; returns the seconds of one. carried: collectives that are under
         way around it, which its instructions may carry on."""
-        now, pending = 0.0, {}
-        last = _last_mentions(self.module, body)
-        for place, x in enumerate(body):
+        now, pending, names = 0.0, {}, {}
+        for x in body:
             if x.opcode in _FREE:
                 continue
-            under_way_here = carried | pending.keys()
+            begun, ended = set(), set()
             if x.opcode == "while":
                 trips = self.module.trips(x, body)
                 self.counts.unknown_loops += trips is None
                 trips = 1 if trips is None else trips
                 inner = self.module.computations[x.attribute("body")]
-                work = trips * self._walk(inner, times * trips, under_way_here)
+                work = trips * self._walk(inner, times * trips, carried | pending.keys())
             elif x.opcode == "conditional":
-                work = max((self._walk(branch, times, under_way_here) for branch in self._branches(x)), default=0.0)
+                branches = (self._walk(branch, times, carried | pending.keys()) for branch in self._branches(x))
+                work = max(branches, default=0.0)
             elif x.opcode == "call":
-                work = self._walk(self.module.called(x), times, under_way_here)
+                work = self._walk(self.module.called(x), times, carried | pending.keys())
             else:
-                for started in self._collectives(x):
-                    key = _key(started)
-                    if key not in under_way_here:
-                        by = "operators" if "/shard_map" in _origin(x, started, body) else "partitioner"
-                        entry, seconds = self._enter(started, x, by, body, times)
+                for inner in self.module.inside(x):
+                    key = _key(x, inner)
+                    if not inner.collective or key in carried:
+                        continue
+                    if key not in pending:
+                        by = "operators" if "/shard_map" in _origin(x, inner, body) else "partitioner"
+                        entry, seconds = self._enter(inner, x, by, body, times)
                         pending[key] = _Pending(entry, now + seconds, seconds)
-                work = 0.0 if _waits(x) else self._instruction(x, times)
+                        begun.add(key)
+                    names[x.name] = key
+                    if not _goes_on(x):
+                        ended.add(key)
+                if x.opcode == "async-update":
+                    names[x.name] = names.get(x.operands[0])
+                if x.opcode.endswith("-done"):
+                    ended.add(names.get(x.operands[0]))
+                work = 0.0 if x.opcode.endswith("-done") else self._instruction(x, times)
             now += work
-            for key, one in list(pending.items()):
-                if last[key] > place:
-                    one.work += 0.0 if _starts(x, key, self.module) else work
-                    continue
-                del pending[key]
-                hidden = min(one.work, one.seconds)
-                one.entry.overlapped += times if hidden > one.seconds / 2 else 0
-                one.entry.hidden_seconds += times * hidden
-                now = max(now, one.end)
+            for key in pending.keys() - begun - ended:
+                pending[key].work += work
+            for key in pending.keys() & ended:
+                now = max(now, self._end(pending.pop(key), times))
+        for one in pending.values():
+            now = max(now, self._end(one, times))
         return now
+
+    def _end(self, one: _Pending, times: int) -> float:
+        """Note how much of a collective was hidden; returns when it has ended."""
+        hidden = min(one.work, one.seconds)
+        one.entry.overlapped += times if hidden > one.seconds / 2 else 0
+        one.entry.hidden_seconds += times * hidden
+        return one.end
 
     def _branches(self, x: Instruction) -> list[Computation]:
         listed = re.search(r"branch_computations=\{([^}]*)\}", x.attributes)
         names = re.findall(r"%([\w.\-]+)", listed[1]) if listed else []
         names += [x.attribute("true_computation"), x.attribute("false_computation")]
         return [self.module.computations[name] for name in names if name in self.module.computations]
-
-    def _collectives(self, x: Instruction) -> list[Instruction]:
-        return [y for y in self.module.inside(x) if y.collective]
 
     def _enter(
         self, x: Instruction, around: Instruction, by: str, body: Computation, times: int
@@ -264,9 +276,20 @@ class _Counter:
         return written
 
 
-def _key(x: Instruction) -> str:
-    """What the instructions that start a collective, carry it on and wait for it have in common."""
-    return x.attribute("channel_id") or x.name
+def _key(x: Instruction, inner: Instruction) -> Any:
+    """What tells a collective from others: of one that is spread over several fusions, those that start it, carry it on
+    beside their own work and wait for it, what its copies in them have in common."""
+    if x is inner:
+        return x.name
+    sizes = tuple(part.dimensions for part in buffers(inner.shape))
+    return inner.attribute("channel_id"), inner.collective, sizes, inner.source
+
+
+def _goes_on(x: Instruction) -> bool:
+    """Whether the collectives in an instruction of the schedule are still under way after it."""
+    if x.opcode == "fusion" and not x.name.startswith("async-collective-done"):
+        return x.name.startswith("async-collective-start") or x.attribute("calls").startswith("async_collective")
+    return x.opcode.endswith("-start")
 
 
 def _origin(x: Instruction, inner: Instruction, body: Computation) -> str:
@@ -274,30 +297,6 @@ def _origin(x: Instruction, inner: Instruction, body: Computation) -> str:
     at the instruction that reads the outcome."""
     reader = next((y for y in body if x.name in y.operands and y.source), None)
     return inner.source or x.source or (reader.source if reader else "")
-
-
-def _last_mentions(module: Module, body: Computation) -> dict[str, int]:
-    """The last place of a schedule where each collective is still under way."""
-    last: dict[str, int] = {}
-    owner: dict[str, str] = {}
-    for place, x in enumerate(body):
-        keys = {_key(y) for y in module.inside(x) if y.collective}
-        if x.opcode.endswith("-done") and x.operands and x.operands[0] in owner:
-            keys.add(owner[x.operands[0]])
-        for key in keys:
-            last[key] = place
-            owner[x.name] = key
-    return last
-
-
-def _waits(x: Instruction) -> bool:
-    return x.opcode.endswith("-done") or x.name.startswith("async-collective-done")
-
-
-def _starts(x: Instruction, key: str, module: Module) -> bool:
-    """Whether an instruction does nothing but to start this collective."""
-    begins = x.opcode.endswith("-start") or x.name.startswith("async-collective-start")
-    return begins and any(_key(y) == key for y in module.inside(x) if y.collective)
 
 
 def _in_memory(shape: str) -> float:
