@@ -1,6 +1,7 @@
 """What every program does before it uses JAX: compiled programs kept on disk, libraries' remarks off the terminal."""
 
 import atexit
+import importlib.util
 import logging
 import os
 import socket
@@ -13,6 +14,10 @@ def prepare_jax() -> None:
     """Keep compiled programs from one start to the next, in a folder of the user's unless one is set already."""
     for library in ("absl", "jax", "orbax", "tensorboardX"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    if importlib.util.find_spec("libtpu") is not None and not has_tpu_chips():
+        # It is loaded all the same, and says at length what it misses.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if jax.config.jax_compilation_cache_dir is not None:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqmodels" / "xla"
@@ -26,6 +31,12 @@ def prepare_jax() -> None:
     atexit.register(mark.unlink, missing_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def has_tpu_chips() -> bool:
+    """Whether this machine has TPUs. Asking jax would start it."""
+    devices = Path("/dev")
+    return any(devices.glob("accel*")) or any(devices.glob("vfio/[0-9]*"))
 
 
 def _drop_torn_entries(folder: Path) -> None:

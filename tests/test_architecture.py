@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": {"ops"},
     "registry": {"ops", "layers"},
     "models": {"ops", "layers", "registry"},
-    "parallel": {"parameter_rules"},
+    "parallel": {"parameter_rules", "start_up"},
     "data": set(),
     "training": {"ops", "layers", "registry", "models", "data", "parallel", "parameter_rules"},
     "config": set(),

@@ -18,15 +18,28 @@ from seqmodels.ops._mesh import constrain
 MixerName = str | Callable[..., Mixer] | tuple[str | Callable[..., Mixer], ...]
 Scales = tuple[float, float]
 
-# What shards of the time axis have exchanged is kept in any case: to exchange it again costs more than its memory.
-REMAT_POLICIES: dict[str, Callable[..., bool]] = {
-    name: jax.checkpoint_policies.save_from_both_policies(
-        policy, jax.checkpoint_policies.save_only_these_names(EXCHANGED)
-    )
+
+
+def _keeping_exchanged(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """The policy, but that what shards of the time axis have exchanged is kept in any case: to exchange it again costs
+    more than its memory."""
+    is_exchanged = jax.checkpoint_policies.save_only_these_names(EXCHANGED)
+
+    def combined(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+        return is_exchanged(primitive, *arguments, **parameters) or policy(primitive, *arguments, **parameters)
+
+    return combined
+
+
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    name: _keeping_exchanged(policy)
     for name, policy in {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_saveable,
         "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "offload_dots_with_no_batch_dims": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+            "device", "pinned_host"
+        ),
     }.items()
 }
 
@@ -164,7 +177,8 @@ class Stack(nn.Module):
     scan    run the rounds of the pattern by `lax.scan`: compile time and program size do not grow with the depth.
             Parameters are then stacked under `rounds`, else numbered `round_0`, `round_1`, ...
     remat   "none", or what the backward pass may keep: "full" recomputes everything in a block, "dots" keeps the
-            products, "dots_with_no_batch_dims" keeps those with parameters
+            products, "dots_with_no_batch_dims" keeps those with parameters, and "offload_dots_with_no_batch_dims" keeps
+            them in the host's memory
 
     Where the depth is not a multiple of the pattern's length, the last round is a part of one, `remainder`.
     The state is a tuple with one entry for each place in the pattern, its arrays stacked over the whole rounds, and one

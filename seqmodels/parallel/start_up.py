@@ -6,11 +6,11 @@ listens, how many there are, and which one it is.
 
 import argparse
 import importlib.util
-from pathlib import Path
 
 import jax
 
 from seqmodels.errors import InputError
+from seqmodels.start_up import has_tpu_chips
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +46,7 @@ def start_processes(arguments: argparse.Namespace) -> None:
 
 
 def _is_tpu_host() -> bool:
-    """Whether this machine has TPU chips that jax can use. Asking jax itself would start it."""
+    """Whether this machine has TPU chips that jax can use."""
     if importlib.util.find_spec("libtpu") is None or jax.config.jax_platforms not in (None, "", "tpu", "tpu,cpu"):
         return False
-    devices = Path("/dev")
-    return any(devices.glob("accel*")) or any(devices.glob("vfio/[0-9]*"))
+    return has_tpu_chips()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from seqmodels.models import LanguageModel
-from seqmodels.models.block import MixerName
+from seqmodels.models.block import REMAT_POLICIES, MixerName
 from tests.conformance.compare import assert_close
 from tests.mixers import every_mixer
 from tests.tolerances import TOLERANCES
@@ -61,6 +61,15 @@ def test_scan_and_recomputation_change_nothing(mixer):
     expected["gradient"] = unrolled(expected["gradient"])
     for part, value in expected.items():
         assert_close(found[part], value, TOLERANCES["model"], f"{mixer}, unrolled: {part}")
+
+
+@pytest.mark.parametrize("policy", sorted(set(REMAT_POLICIES) - {"full"}))
+def test_no_policy_of_recomputation_changes_anything(policy):
+    variables = variables_of("gated_linear_attention")
+    expected = differentiated(make("gated_linear_attention"), variables)
+    found = differentiated(make("gated_linear_attention", remat=policy), variables)
+    for part, value in expected.items():
+        assert_close(found[part], value, TOLERANCES["model"], f"{policy}: {part}")
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -26,15 +26,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compila
 MESH = {"data": 2, "fsdp": 2, "seq": 4, "tensor": 1}
 
 
-def compiled(function, *arguments, topology="v5e:2x4", options=None, **sizes):
-    """The counts of a function of arrays given as (shape, dtype, PartitionSpec), on a mesh of the slice."""
-    slice_ = chips.target(topology)
-    mesh = make_mesh(devices=slice_.devices, **sizes)
+def compiled(function, *arguments, topology="v5e:2x4", options=None, slices=1, **sizes):
+    """The counts of a function of arrays given as (shape, dtype, PartitionSpec), on a mesh of the slices."""
+    target = chips.target(topology, slices)
+    mesh = make_mesh(devices=target.devices, slices=slices, **sizes)
     shapes = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in arguments]
     with jax.set_mesh(mesh):
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
         program = lowered.compile(compiler_options=options)
-    return schedule.count(program.as_text(), mesh.shape, slice_.chip)
+    in_slice = {**mesh.shape, "data": mesh.shape["data"] // slices}
+    return schedule.count(program.as_text(), in_slice, target.chip)
 
 
 def collective(attributes: str) -> hlo.Instruction:
@@ -124,6 +125,17 @@ def test_collectives_are_counted_with_their_axes_and_bytes():
     assert reduced.wire_bytes == reduced.bytes  # twice the half that each of two sends
 
 
+@needs_tpu_compiler
+def test_a_sum_over_slices_sends_a_part_to_the_other_slice():
+    """Each device its share of what its own slice has summed up."""
+    size = 8 * 2**20
+    whole = ((16, size), jnp.float32, P("data"))
+    counts = compiled(lambda x: x.sum(0), whole, slices=2, data=16)
+    sent = [x for x in counts.collectives if x.kind == "send to a slice"]
+    assert sum(x.wire_bytes for x in sent) == size * 4 / 8
+    assert any(x.kind in ("reduce-scatter", "all-reduce") and x.devices == 8 for x in counts.collectives)
+
+
 def layers_split_over_fsdp(options, topology):
     """(hidden, all) all-gathers of weights in a loop over layers, the second of each layer beside the first product."""
 
@@ -202,6 +214,7 @@ def test_a_job_that_fits(gin, here, tmp_path):
     (report,) = json.loads(file.read_text())["reports"]
     assert report["fits"] and report["devices"] == 8 and report["mesh"] == {"data": 2, "fsdp": 2, "seq": 2, "tensor": 1}
     kinds = ("parameters", "optimizer", "batch", "padding", "outputs", "temporaries", "code")
+    assert report["memory"]["host"] == 0
     assert report["memory"]["total"] == sum(report["memory"][kind] for kind in kinds)
     exchanged = [x for x in report["counts"]["collectives"] if x["by"] == "operators"]
     assert [(x["kind"], x["axes"], x["count"]) for x in exchanged] == [("all-gather", ["seq"], 2)]

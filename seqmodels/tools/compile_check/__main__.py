@@ -29,6 +29,8 @@ exit codes:
 
 
 def main(argv: list[str]) -> int:
+    # The chips' module first: jax, which all the others import, is to find its environment set.
+    from seqmodels.tools.compile_check.chips import generation_of, target  # isort: skip
     from seqmodels import config
 
     parser = argparse.ArgumentParser(
@@ -51,7 +53,6 @@ def main(argv: list[str]) -> int:
 
     # After the command line is known to be right: these imports take seconds.
     from seqmodels.tools._documents import check_writable, put_section
-    from seqmodels.tools.compile_check.chips import generation_of
 
     for topology in arguments.topology:
         generation_of(topology)
@@ -64,7 +65,6 @@ def main(argv: list[str]) -> int:
     from seqmodels.start_up import prepare_jax
     from seqmodels.tools.compile_check import report as reports
     from seqmodels.tools.compile_check.check import check
-    from seqmodels.tools.compile_check.chips import target
     from seqmodels.training import TrainingJob, parameter_shapes
     from seqmodels.training.run_directory import environment
 

@@ -20,7 +20,8 @@ from seqmodels.training import TrainingJob, make_train_step, parameter_shapes, s
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of a device's memory. padding: what the layout of the arguments adds to their elements. temporaries: at
-    their most. code: of the program itself."""
+    their most. code: of the program itself. host: of the host's memory, where a policy offloads activations to it; not
+    in the total."""
 
     parameters: int
     optimizer: int
@@ -29,10 +30,11 @@ class Memory:
     outputs: int
     temporaries: int
     code: int
+    host: int
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(dataclasses.astuple(self)) - self.host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,8 @@ def check(
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         (keep / f"{target.name.replace(' ', '').replace(':', '_')}.hlo.txt").write_text(text)
-    counts = count(text, mesh.shape, target.chip)
+    within = {**mesh.shape, "data": mesh.shape["data"] // job.mesh.slices}  # devices are numbered in their slice
+    counts = count(text, within, target.chip)
     memory = _memory(compiled.memory_analysis(), state, batch)
     return dataclasses.replace(report, memory=memory, counts=counts, bounds=_bounds(counts, report, target))
 
@@ -168,6 +171,7 @@ def _memory(analysis: Any, state: Any, batch: Any) -> Memory:
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
+        host=analysis.host_temp_size_in_bytes,
     )
 
 

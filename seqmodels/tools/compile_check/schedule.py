@@ -36,6 +36,8 @@ _FREE = {
     "replica-id",
     "tuple",
 }
+# How many steps to follow what a collective gives in search of where it comes from.
+_READERS = 5
 
 
 @dataclasses.dataclass
@@ -107,7 +109,7 @@ class _Counter:
     def _walk(self, body: Computation, times: int, carried: frozenset[str] = frozenset()) -> float:
         """Note what `times` runs of a computation do; returns the seconds of one. carried: collectives that are under
         way around it, which its instructions may carry on."""
-        now, pending, names = 0.0, {}, {}
+        now, pending, names, readers = 0.0, {}, {}, _readers(body)
         for x in body:
             if x.opcode in _FREE:
                 continue
@@ -129,7 +131,7 @@ class _Counter:
                     if not inner.collective or key in carried:
                         continue
                     if key not in pending:
-                        by = "operators" if "/shard_map" in _origin(x, inner, body) else "partitioner"
+                        by = "operators" if "/shard_map" in _origin(x, inner, readers) else "partitioner"
                         entry, seconds = self._enter(inner, x, by, body, times)
                         pending[key] = _Pending(entry, now + seconds, seconds)
                         begun.add(key)
@@ -140,6 +142,8 @@ class _Counter:
                     names[x.name] = names.get(x.operands[0])
                 if x.opcode.endswith("-done"):
                     ended.add(names.get(x.operands[0]))
+                if x.opcode == "send":
+                    self._enter_send(x, times)
                 work = 0.0 if x.opcode.endswith("-done") else self._instruction(x, times)
             now += work
             for key in pending.keys() - begun - ended:
@@ -192,6 +196,15 @@ class _Counter:
         shapes = (x.shape, *(self.module.shapes[name] for name in x.operands))
         self.counts.traffic += times * sum(map(_in_memory, shapes))
         return entry, seconds
+
+    def _enter_send(self, x: Instruction, times: int) -> None:
+        """Note what goes to another slice, by a network whose speed is not known here."""
+        data = self.module.shapes[x.operands[0]]
+        by = "operators" if "/shard_map" in x.source else "partitioner"
+        key = ("send to a slice", ("data",), 2, by, buffers(data)[0].dtype, payload(data))
+        entry = self.groups.setdefault(key, Collective(*key))
+        entry.count += times
+        entry.wire_bytes += times * payload(data)
 
     def _instruction(self, x: Instruction, times: int) -> float:
         operations = sum(_operations(y, self.module.shapes) for y in self.module.inside(x))
@@ -292,11 +305,24 @@ def _goes_on(x: Instruction) -> bool:
     return x.opcode.endswith("-start")
 
 
-def _origin(x: Instruction, inner: Instruction, body: Computation) -> str:
+def _origin(x: Instruction, inner: Instruction, readers: Mapping[str, list[Instruction]]) -> str:
     """Where a collective comes from in the traced program. Of one that the compiler writes in another form it says so
-    at the instruction that reads the outcome."""
-    reader = next((y for y in body if x.name in y.operands and y.source), None)
-    return inner.source or x.source or (reader.source if reader else "")
+    at the instructions that read the outcome."""
+    source, level = inner.source or x.source, [x]
+    for _ in range(_READERS):
+        if source:
+            break
+        level = [reader for y in level for reader in readers[y.name]]
+        source = next((y.source for y in level if y.source), "")
+    return source
+
+
+def _readers(body: Computation) -> Mapping[str, list[Instruction]]:
+    found = collections.defaultdict(list)
+    for x in body:
+        for name in x.operands:
+            found[name].append(x)
+    return found
 
 
 def _in_memory(shape: str) -> float:
