@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 from seqmodels import config
 from seqmodels.constructors import register_constructors
 from seqmodels.errors import InputError
+from seqmodels.models.accounting import parameter_count
 from seqmodels.notation import MESH_AXES
 from seqmodels.registry import MIXERS
 from seqmodels.training import TrainingJob, parameter_shapes
@@ -19,6 +20,7 @@ CONFIGS = REPOSITORY / "configs"
 QUICKSTART, EXPERIMENTS = CONFIGS / "quickstart.gin", sorted((CONFIGS / "experiments").glob("*.gin"))
 SIZES = sorted((CONFIGS / "sizes").glob("*.gin"))
 TASKS = sorted((CONFIGS / "tasks").glob("*.gin"))
+PRETRAINING = sorted((CONFIGS / "pretraining").glob("*.gin"))
 PARTS = sorted((CONFIGS / "mixers").glob("*.gin"))
 
 
@@ -47,14 +49,40 @@ def name(file: Path) -> str:
 
 
 def test_there_are_configs():
-    assert QUICKSTART.exists() and EXPERIMENTS and SIZES and TASKS and PARTS
-    known = {QUICKSTART, CONFIGS / "base.gin", *EXPERIMENTS, *SIZES, *TASKS, *PARTS}
+    assert QUICKSTART.exists() and EXPERIMENTS and PRETRAINING and SIZES and TASKS and PARTS
+    known = {QUICKSTART, CONFIGS / "base.gin", *EXPERIMENTS, *PRETRAINING, *SIZES, *TASKS, *PARTS}
     assert known == set(CONFIGS.rglob("*.gin")), "a config that no test here builds"
 
 
 @pytest.mark.parametrize("file", [QUICKSTART, *EXPERIMENTS], ids=name)
 def test_experiment(file):
     build(file).check_fits(AbstractMesh((1, 1, 1, 1), MESH_AXES))
+
+
+@pytest.mark.parametrize("file", PRETRAINING, ids=name)
+def test_pretraining(file):
+    """The family and the size that its name says, and its batch splits over the slices that its report is of."""
+    family, _, size = file.stem.rpartition("_")
+    job = build(file)
+    assert set(job.model.pattern) == {family} or family not in MIXERS
+    parameters = parameter_count(parameter_shapes(job.model, 8))
+    low, high = {"125m": (0.9e8, 1.3e8), "1b": (1.1e9, 1.5e9), "7b": (5.5e9, 8e9)}[size]
+    assert low < parameters < high
+    head = file.read_text().split("\n\n")[0]
+    assert f"--config configs/pretraining/{file.name} --run_dir runs/{file.stem}" in head
+    for devices in (16,) if size == "125m" else (64, 256):
+        assert job.batch_size % devices == 0
+
+
+def test_reports_are_of_the_configs():
+    """docs/compile_reports.md has a section for every config, and every slice fits."""
+    text = (REPOSITORY / "docs" / "compile_reports.md").read_text()
+    assert sorted(re.findall(r"^## (\S+)$", text, re.MULTILINE)) == [file.stem for file in PRETRAINING]
+    assert "DOES NOT" not in text
+    for file in PRETRAINING:
+        slices = re.search(r"^# Compiled +for ([^:]*:\S+(?:, \S+)*): docs", file.read_text(), re.MULTILINE)[1]
+        section = text.partition(f"<!-- {file.stem}: begin -->")[2].partition(f"<!-- {file.stem}: end -->")[0]
+        assert all(f"| {name} |" in section for name in slices.split(", ")), file.stem
 
 
 @pytest.mark.parametrize("mixer", PARTS, ids=name)

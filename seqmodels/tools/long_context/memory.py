@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seqmodels.errors import run_main
-from seqmodels.tools.long_context.views import View, experiment
+from seqmodels.tools.long_context.views import View, experiment, use_cpu_devices
 
 DESCRIPTION = """\
 The first updates of configs/experiments/million_tokens.gin, one sequence of 1,048,576 bytes of text, on one virtual CPU
@@ -60,10 +60,10 @@ VIEW = View("a million tokens on eight virtual devices and on one", DESCRIPTION,
 
 def _train(argv: list[str]) -> None:
     count, steps = (int(text) for text in argv)
+    use_cpu_devices(count)
     import jax
     import numpy as np
 
-    jax.config.update("jax_num_cpu_devices", count)
     from seqmodels import config
     from seqmodels.constructors import register_constructors
     from seqmodels.parallel.mesh import place_batch

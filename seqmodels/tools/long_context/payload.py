@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from seqmodels.tools.long_context.views import View
+from seqmodels.tools.long_context.views import View, use_cpu_devices
 
 DESCRIPTION = """\
 Operators on a sequence of --length tokens, decays between e^-0.1 and e^-0.0001, which eight virtual CPU devices split
@@ -25,9 +25,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[Sequence[str]]:
+    use_cpu_devices(8)
     import jax
-
-    jax.config.update("jax_num_cpu_devices", 8)
     import jax.numpy as jnp
     import numpy as np
 
@@ -44,33 +43,36 @@ def measure(options: argparse.Namespace) -> list[Sequence[str]]:
     def decay(*more: int) -> np.ndarray:
         return -np.exp(rng.uniform(np.log(1e-4), np.log(1e-1), (batch, options.length, heads, *more)))
 
-    operators: dict[str, Callable] = {
-        "linear attention, no decay": linear_attention,
-        "linear attention, decay per head": lambda q, k, v, **how: linear_attention(q, k, v, per_head, **how),
-        "linear attention, decay per channel": lambda q, k, v, **how: linear_attention(q, k, v, per_channel, **how),
-        "gated delta rule": lambda q, k, v, **how: delta_rule(q, k, v, beta, per_head, **how),
+    per_head = decay()
+    operators: dict[str, tuple[Callable, dict[str, np.ndarray]]] = {
+        "linear attention, no decay": (linear_attention, {}),
+        "linear attention, decay per head": (linear_attention, {"g": per_head}),
+        "linear attention, decay per channel": (linear_attention, {"g": decay(channels)}),
+        "gated delta rule": (delta_rule, {"g": per_head, "beta": beta}),
     }
-    per_head, per_channel = decay(), decay(channels)
 
-    def run(operator: Callable, dtype: Any, **how: Any) -> list[np.ndarray]:
+    def run(name: str, dtype: Any, **how: Any) -> list[np.ndarray]:
+        operator, gates = operators[name]
+        gates = {gate: jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)) for gate, x in gates.items()}
+
         def loss(arrays):
-            o, _ = operator(**arrays, **how)
+            o, _ = operator(**arrays, **gates, **how)
             return jnp.sum(jnp.sin(o)), o
 
-        given = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+        given = {array: jnp.asarray(x, dtype) for array, x in arrays.items()}
         gradients, o = jax.jit(jax.grad(loss, has_aux=True))(given)
         return [np.asarray(x, np.float64) for x in (o, *gradients.values())]
 
     rows: list[Sequence[str]] = [COLUMNS]
-    for name, operator in operators.items():
+    for name in operators:
         with jax.enable_x64(True):
-            exact = run(operator, jnp.float64, form="recurrent")
-        found = [run(operator, jnp.float32)]
+            exact = run(name, jnp.float64, form="recurrent")
+        found = [run(name, jnp.float32)]
         with jax.set_mesh(mesh):
-            found.append(run(operator, jnp.float32, exchange="prefix"))
+            found.append(run(name, jnp.float32, exchange="prefix"))
             with _sent_in(jnp.bfloat16):
-                found.append(run(operator, jnp.float32, exchange="prefix"))
-            found.append(run(operator, jnp.bfloat16, exchange="prefix"))
+                found.append(run(name, jnp.float32, exchange="prefix"))
+            found.append(run(name, jnp.bfloat16, exchange="prefix"))
         for i, of in enumerate(("outputs", "gradients")):
             part = slice(0, 1) if i == 0 else slice(1, None)
             rows.append((name, of, *(f"{_error(x[part], exact[part]):.1e}" for x in found)))
