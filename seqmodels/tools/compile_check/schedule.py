@@ -8,7 +8,8 @@
 
 Times are bounds, not measurements: an instruction takes the longer of its operations at the chip's peak and its traffic
 at the memory's full bandwidth, one after the other; a collective takes its bytes over the links that it uses, beside
-what runs between its start and its end. The operations of kernels are not known here; their traffic is.
+what runs between its start and its end. The operations of kernels are not known here; their traffic is. Of a choice
+between branches all are counted, and the longest is taken.
 """
 
 import collections
@@ -118,8 +119,8 @@ class _Counter:
                 trips = self.module.trips(x, body)
                 self.counts.unknown_loops += trips is None
                 trips = 1 if trips is None else trips
-                inner = self.module.computations[x.attribute("body")]
-                work = trips * self._walk(inner, times * trips, carried | pending.keys())
+                loop = self.module.computations[x.attribute("body")]
+                work = trips * self._walk(loop, times * trips, carried | pending.keys())
             elif x.opcode == "conditional":
                 branches = (self._walk(branch, times, carried | pending.keys()) for branch in self._branches(x))
                 work = max(branches, default=0.0)

@@ -17,7 +17,8 @@ sequence of 2,097,152 tokens, compiled for slices of 64 chips, which all split t
 
 Columns: what operators exchange (collectives; MiB that a device sends; ms on its links as published, and how many of
 them beside other work); and bounds on a device's step in ms: products at the chip's peak, traffic to memory at full
-bandwidth, and the schedule's instructions one after the other, each at its bound. Latency is in none of them."""
+bandwidth, and the schedule's instructions one after the other, each at its bound. Latency is in none of them. Of ring
+attention every block of keys is counted for every query; a run skips the half that causality hides."""
 
 TOPOLOGIES = ("v5e:8x8", "v5p:4x4x4")
 LIGHTNING = "MiniMaxLightningAttention.exchange={!r}"
