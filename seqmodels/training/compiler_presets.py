@@ -10,17 +10,23 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-_ASYNC_GATHERS = {
-    "xla_enable_async_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    "xla_tpu_overlap_compute_collective_tc": True,
+# Gathers as programs of the SparseCores, which run beside the TensorCores.
+_GATHERS_ON_SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+    "xla_sc_disable_megacore_partitioning": True,
 }
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    # All-gathers run beside compute. The compiler does so unasked for v5e.
-    "async_gathers": {"TPU v4": _ASYNC_GATHERS, "TPU v5": _ASYNC_GATHERS, "TPU v6 lite": _ASYNC_GATHERS},
+    # All-gathers run beside compute. The compiler does so unasked for v5e. For v5p it does from libtpu 0.0.50 on. What it
+    # does for v5e, gathers fused with products, can be asked of older versions for the others, but newer ones refuse it
+    # there for wrong results.
+    "async_gathers": {
+        "TPU v4": {"xla_enable_async_all_gather": True, "xla_tpu_enable_async_collective_fusion": False},
+        "TPU v5": _GATHERS_ON_SPARSE_CORES,
+        "TPU v6 lite": _GATHERS_ON_SPARSE_CORES,
+    },
 }
 
 

@@ -126,9 +126,9 @@ class Module:
         return self.computations.get(x.attribute("calls") or x.attribute("to_apply"), [])
 
     def inside(self, x: Instruction) -> Iterator[Instruction]:
-        """The instruction, and all in the fusions and calls that it is."""
+        """The instruction, and all in the fusions and calls that it is or starts."""
         yield x
-        if x.opcode in ("fusion", "call", "async-start"):
+        if x.opcode in ("fusion", "call", "async-start", "call-start"):
             for y in self.called(x):
                 yield from self.inside(y)
 

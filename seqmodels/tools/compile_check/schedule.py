@@ -139,7 +139,7 @@ class _Counter:
                     names[x.name] = key
                     if not _goes_on(x):
                         ended.add(key)
-                if x.opcode == "async-update":
+                if x.opcode.endswith("-update") and x.operands:
                     names[x.name] = names.get(x.operands[0])
                 if x.opcode.endswith("-done"):
                     ended.add(names.get(x.operands[0]))
