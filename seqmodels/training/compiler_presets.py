@@ -19,9 +19,9 @@ _GATHERS_ON_SPARSE_CORES = {
 }
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    # All-gathers run beside compute. The compiler does so unasked for v5e. For v5p it does from libtpu 0.0.50 on. What it
-    # does for v5e, gathers fused with products, can be asked of older versions for the others, but newer ones refuse it
-    # there for wrong results.
+    # All-gathers run beside compute. The compiler does so unasked for v5e, and for v5p from libtpu 0.0.50 on. What it
+    # does for v5e, gathers fused with products, older versions do for others too when asked; newer ones refuse, for
+    # wrong results.
     "async_gathers": {
         "TPU v4": {"xla_enable_async_all_gather": True, "xla_tpu_enable_async_collective_fusion": False},
         "TPU v5": _GATHERS_ON_SPARSE_CORES,
