@@ -19,9 +19,9 @@ _GATHERS_ON_SPARSE_CORES = {
 }
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    # All-gathers run beside compute. The compiler does so unasked for v5e; for v5p these options do it from libtpu 0.0.50
-    # on. Gathers fused with products, as it makes them for v5e, are made for others too by older versions that are
-    # asked to; newer ones refuse, for wrong results.
+    # All-gathers run beside compute. The compiler does so unasked for v5e; for v5p these options do it from libtpu
+    # 0.0.50 on. Gathers fused with products, as it makes them for v5e, are made for others too by older versions that
+    # are asked to; newer ones refuse, for wrong results.
     "async_gathers": {
         "TPU v4": {"xla_enable_async_all_gather": True, "xla_tpu_enable_async_collective_fusion": False},
         "TPU v5": _GATHERS_ON_SPARSE_CORES,
