@@ -22,7 +22,7 @@ sequence of 2,097,152 tokens, compiled for slices of 64 chips, which all split t
 Columns: what operators exchange (collectives; MiB that a device sends; ms on its links as published, and how many of
 them beside other work); and bounds on a device's step in ms: products at the chip's peak, traffic to memory at full
 bandwidth, and the schedule's instructions one after the other, each at its bound. Latency is in none of them. The
-products of ring attention are those of the scores and outputs alone, 6 T^2 d a layer for both passes, causally halved."""
+products of ring attention are those of scores and outputs alone, 6 T^2 d a layer, half of all pairs, both passes."""
 
 TOPOLOGIES = ("v5e:8x8", "v5p:4x4x4")
 WAYS = {"LASP-2": "prefix", "LASP-1": "hops"}
