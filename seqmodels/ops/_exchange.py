@@ -104,6 +104,7 @@ class Exchange(NamedTuple):
     summaries   the layout of `buffers`, the shards' summaries [W, b, n]
     shard_map   (function of one shard, in_specs, out_specs) -> function of whole arrays
     of_buffer   PartitionSpec of a buffer, of_state those of a state
+    length      tokens of a shard
     full        every shard up to this place is full of tokens, where that is known before the program runs
     """
 
@@ -114,6 +115,7 @@ class Exchange(NamedTuple):
     shard_map: Callable[..., Callable]
     of_buffer: PartitionSpec
     of_state: Any
+    length: int
     full: int | None
 
     def apply(self, buffers: Buffers, state: State) -> State:
@@ -123,7 +125,7 @@ class Exchange(NamedTuple):
         return self.op.combine(earlier, later, self.options)
 
 
-def prefix(how: Exchange, buffers: Buffers, state: State, fresh: State) -> tuple[Buffers, Packing, State]:
+def prefix(how: Exchange, buffers: Buffers, state: State) -> tuple[Buffers, Packing, State]:
     """Equation (1). Returns the state at each shard's start [W, b, m], its layout, and the state at the end."""
     line, states = how.line, Packing()
 
@@ -181,7 +183,7 @@ def prefix(how: Exchange, buffers: Buffers, state: State, fresh: State) -> tuple
     return starts, states, end
 
 
-def doubling(how: Exchange, buffers: Buffers, state: State, fresh: State) -> tuple[Buffers, Packing, State]:
+def doubling(how: Exchange, buffers: Buffers, state: State) -> tuple[Buffers, Packing, State]:
     """log2(W) messages; returns what `prefix` does."""
     line, states = how.line, Packing()
 
@@ -200,22 +202,23 @@ def doubling(how: Exchange, buffers: Buffers, state: State, fresh: State) -> tup
     return starts, states, end
 
 
-def halo(how: Exchange, buffers: Buffers, state: State, fresh: State) -> tuple[Buffers, Packing, State]:
+def halo(how: Exchange, buffers: Buffers, state: State) -> tuple[Buffers, Packing, State]:
     """One message. For shards up to `how.full` that are longer than the operator looks back."""
     line, states = how.line, Packing()
 
-    def shard(buffers: Buffers, state: State, fresh: State) -> tuple[Buffers, State]:
+    def shard(buffers: Buffers, state: State) -> tuple[Buffers, State]:
         span, rank = how.summaries.unpack(_alone(buffers)), line.rank()
-        start = how.op.apply(line.pass_on(span), fresh, how.options)
+        counted = how.op.advance(state, jnp.maximum(rank - 1, 0) * how.length)
+        start = how.op.apply(line.pass_on(span), counted, how.options)
         start = jax.tree.map(lambda x, y: jnp.where(rank > 0, x, y), start, state)
         end = line.from_shard(how.op.apply(span, start, how.options), how.full)
         return _stacked(states.pack(start)), end
 
-    starts, end = _run(how, shard, buffers, state, fresh)
+    starts, end = _run(how, shard, buffers, state)
     return starts, states, end
 
 
-def hops(how: Exchange, buffers: Buffers, state: State, fresh: State) -> tuple[Buffers, Packing, State]:
+def hops(how: Exchange, buffers: Buffers, state: State) -> tuple[Buffers, Packing, State]:
     """One shard after the other: what LASP-2 is compared with."""
     line, states = how.line, Packing()
 
@@ -234,9 +237,9 @@ def hops(how: Exchange, buffers: Buffers, state: State, fresh: State) -> tuple[B
     return starts, states, end
 
 
-def _run(how: Exchange, shard: Callable, buffers: Buffers, *given: State) -> tuple[Buffers, State]:
-    run = how.shard_map(shard, (how.of_buffer, *(how.of_state,) * len(given)), (how.of_buffer, how.of_state))
-    starts, end = run(buffers, *given)
+def _run(how: Exchange, shard: Callable, buffers: Buffers, state: State) -> tuple[Buffers, State]:
+    specs = how.of_buffer, how.of_state
+    starts, end = how.shard_map(shard, specs, specs)(buffers, state)
     return checkpoint_name(starts, EXCHANGED), end
 
 

@@ -82,6 +82,7 @@ class SeqOp:
                     of them; those that are missing have none. (Of a tree: the axis of every array in it)
     reach           (arrays, options) -> how many positions the state looks back, None where it grows with them; None
                     for operators that have no limit in any case
+    advance         (state, n) -> the state after n tokens at which nothing will look back, but which it counts
     across          "ring": what the operator does in place of summaries
     examples        (key, batch, length) -> examples by name
     state_grows     whether the state's bytes depend on the number of tokens seen
@@ -103,6 +104,7 @@ class SeqOp:
     whole: Callable[..., Array] | None = None
     head_axes: Mapping[str, int] = field(default_factory=dict)
     reach: Callable[[Inputs, Options], int | None] | None = None
+    advance: Callable[[State, Array], State] = lambda state, n: state
     across: Across | None = None
     state_grows: bool = False
     known_gaps: Mapping[str, str] = field(default_factory=dict)

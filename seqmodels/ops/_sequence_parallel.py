@@ -199,12 +199,8 @@ class Call(NamedTuple):
         return self.full is not None and not self.line.backwards and self.looks_back_one_shard
 
     @property
-    def fresh(self) -> State:
-        return self.op.initial_state(self.arrays, self.options)
-
-    @property
     def start(self) -> State:
-        return self.fresh if self.state is None else self.state
+        return self.op.initial_state(self.arrays, self.options) if self.state is None else self.state
 
     def local(self, arrays: Inputs, docs: Documents | None) -> tuple[Inputs, Documents | None]:
         """A shard in the order in which it is read, its documents numbered from that of the state which enters it."""
@@ -299,10 +295,9 @@ def _from_summaries(call: Call, spread: Spread, exchange: Callable) -> tuple[Arr
 
     specs = spread.of_arrays(call.arrays), spread.of_documents(call.docs)
     buffers = spread.shard_map(summarize, specs, spread.of_buffer)(call.arrays, call.docs)
-    how = Exchange(
-        call.op, options, call.line, summaries, spread.shard_map, spread.of_buffer, spread.of_state, call.full
-    )
-    starts, states, end = exchange(how, buffers, call.start, call.fresh)
+    layout = spread.shard_map, spread.of_buffer, spread.of_state
+    how = Exchange(call.op, options, call.line, summaries, *layout, call.length, call.full)
+    starts, states, end = exchange(how, buffers, call.start)
 
     def shard(arrays: Inputs, docs: Documents | None, starts: _exchange.Buffers) -> Array:
         arrays, docs = call.local(spread.own_heads(arrays), docs)

@@ -497,6 +497,7 @@ SOFTMAX_ATTENTION = SeqOp(
     summary_kind="ring",
     head_axes={"q": 2, "k": 2, "v": 2, "prefix_k": 1, "prefix_v": 1},
     reach=_reach,
+    advance=lambda cache, n: cache._replace(length=cache.length + n),
     across=Across(("k", "v"), _across),
     examples=_examples,
     whole=_whole,

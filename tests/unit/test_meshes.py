@@ -8,9 +8,12 @@ from jax.sharding import PartitionSpec as P
 
 from seqmodels.errors import InputError
 from seqmodels.models import LanguageModel
+from seqmodels.ops.softmax_attention import softmax_attention
 from seqmodels.parallel.mesh import make_mesh, place_batch, rows_of_process
 from seqmodels.parallel.partition import partition, partition_like, partition_table
 from seqmodels.training import AdamW, parameter_shapes, state_shapes
+from tests.conformance.compare import assert_close
+from tests.tolerances import TOLERANCES
 
 MODEL = LanguageModel(vocab_size=32, d_model=16, n_layers=4, pattern=("gated_linear_attention",))
 
@@ -109,3 +112,14 @@ def test_wrong_rules(rules, message):
 def test_a_rule_that_decides_nothing():
     with pytest.raises(InputError, match="'kernl' matches no parameter; the nearest is 'kernel'"):
         partition({"kernel": jax.ShapeDtypeStruct((8,), jnp.float32)}, make_mesh(), [("kernl", ())])
+
+
+def test_a_window_knows_how_far_it_is_from_the_start():
+    """The cache after eight shards, each of which has heard of its neighbour alone: that of one device."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 24, 2, 4))
+    _, state = softmax_attention(q[:, :5], k[:, :5], v[:, :5], window=3)
+    expected = softmax_attention(q, k, v, window=3, initial_state=state)
+    with jax.set_mesh(make_mesh(data=1, seq=8)):
+        found = jax.jit(lambda *x: softmax_attention(*x, window=3, initial_state=state, exchange="halo"))(q, k, v)
+    assert int(found[1].length[0]) == 29
+    assert_close(found, expected, TOLERANCES["model"], "halo: ")
