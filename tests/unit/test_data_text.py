@@ -77,7 +77,7 @@ def documents_of(data, side):
 def test_batches_keep_their_contract(data):
     for batches in (data.train_batches(4, 32, seed=0), data.evaluation_batches(4, 32)):
         batch = next(batches)
-        keys = ["tokens", "targets", "weights"] + ["segment_ids"] * (data._packing == "pack")
+        keys = ["tokens", "targets", "weights"] + ["segment_ids"] * data.packed
         assert list(batch) == keys
         assert [batch[key].shape for key in keys] == [(4, 32)] * len(keys)
         assert [batch[key].dtype for key in keys] == [np.int32, np.int32, np.float32, np.int32][: len(keys)]
