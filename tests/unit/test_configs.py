@@ -17,7 +17,8 @@ from seqmodels.training import TrainingJob, parameter_shapes
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
-QUICKSTART, EXPERIMENTS = CONFIGS / "quickstart.gin", sorted((CONFIGS / "experiments").glob("*.gin"))
+QUICKSTART = CONFIGS / "quickstart.gin"
+EXPERIMENTS = sorted([*(CONFIGS / "experiments").glob("*.gin"), *(CONFIGS / "long_context").glob("*.gin")])
 SIZES = sorted((CONFIGS / "sizes").glob("*.gin"))
 TASKS = sorted((CONFIGS / "tasks").glob("*.gin"))
 PRETRAINING = sorted((CONFIGS / "pretraining").glob("*.gin"))

@@ -72,7 +72,9 @@ def test_file_tokenizer(corpus, tmp_path):
     text = data.tokenizer.decode(next(first)["tokens"][0])
     assert set(text.split()) & {"plain", "words", "é"}
     with pytest.raises(InputError, match=r"another tokenizer: set the tokenizer to '.*tokenizer\.json'"):
-        next(TextData(str(output)).train_batches(2, 64, 0))
+        next(TextData(str(output), tokenizer="bytes").train_batches(2, 64, 0))
+    own = TextData(str(output))  # the tokeniser that the corpus brings
+    assert (next(own.train_batches(2, 64, 0))["tokens"] == next(data.train_batches(2, 64, 0))["tokens"]).all()
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path):

@@ -10,7 +10,7 @@ from seqmodels.errors import InputError
 from seqmodels.tools.long_context.views import View, experiment
 
 DESCRIPTION = """\
-The training step of configs/experiments/two_million_tokens.gin, a model of 16 layers and 16 heads of 128 on one
+The training step of configs/long_context/two_million_tokens.gin, a model of 16 layers and 16 heads of 128 on one
 sequence of 2,097,152 tokens, compiled for slices of 64 chips, which all split the sequence:
 
   LASP-2          lightning attention, exchange "prefix": the states of all shards, gathered once each way

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from seqmodels.errors import InputError
 
-EXPERIMENTS = Path("configs/experiments")
+EXPERIMENTS = Path("configs/long_context")
 
 
 class View(NamedTuple):
