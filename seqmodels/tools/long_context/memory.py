@@ -14,7 +14,7 @@ from seqmodels.tools.long_context.views import View, experiment, use_cpu_devices
 
 DESCRIPTION = """\
 The first updates of configs/long_context/million_tokens.gin, one sequence of 1,048,576 bytes of text, on one virtual
-CPU device and on eight that split it. Both share this machine's cores, so the time tells what the exchange costs and not
+CPU device and on eight that split it. Both share this machine's cores, so the time tells what the exchange costs, not
 what more devices bring.
 
   state, temporaries   bytes of a device, by the compiler
