@@ -21,7 +21,7 @@ from seqmodels.constructors import register_constructors
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART, run_main
 from seqmodels.evaluation.generation import Sampling, encode_prompt, generate, until_separator
 from seqmodels.models.accounting import flops_per_token, parameter_count
-from seqmodels.parallel.mesh import replicated, rows_of_process
+from seqmodels.parallel.mesh import describe_mesh, replicated, rows_of_process
 from seqmodels.parallel.partition import partition_table
 from seqmodels.parallel.start_up import add_arguments, start_processes
 from seqmodels.start_up import prepare_jax
@@ -33,7 +33,6 @@ from seqmodels.training import (
     TrainingJob,
     create_state,
     make_evaluator,
-    make_train_step,
     parameter_shapes,
     restore_parameters,
     say,
@@ -100,7 +99,7 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     devices = jax.devices()
     say(f"devices: {len(devices)} x {devices[0].device_kind}, in {jax.process_count()} process(es)")
     if len(devices) > 1:
-        say(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}")
+        say(f"mesh: {describe_mesh(mesh.shape)}")
 
     data = job.data
     processes = dict(zip(("process_index", "process_count"), rows_of_process(mesh)))
@@ -127,16 +126,7 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     if jax.process_index() == 0 and len(devices) > 1:
         (run.path / "parameters.txt").write_text(partition_table(shapes.params, shardings_of(shapes.params)) + "\n")
 
-    train_step = make_train_step(
-        model,
-        transform,
-        job.optimizer.learning_rates(job.steps),
-        mesh=mesh,
-        state_shardings=shardings_of(shapes),
-        z_loss=job.z_loss,
-        accumulate=job.accumulate,
-        compiler_options=job.compiler_options(mesh),
-    )
+    train_step = job.train_step(transform, mesh, shapes)
     evaluate = make_evaluator(
         model,
         lambda: data.evaluation_batches(job.batch_size, job.seq_len, **processes),

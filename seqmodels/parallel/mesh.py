@@ -12,7 +12,7 @@ summed once per update, cross it.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, count = [data, fsdp, seq, tensor], len(devices)
-    asked = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes))
+    asked = describe_mesh(dict(zip(MESH_AXES, sizes)))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise InputError(f"mesh ({asked}): sizes are positive, and at most one of them is -1")
     known = math.prod(size for size in sizes if size != -1)
@@ -64,6 +64,11 @@ def make_mesh(
         placed = np.array(devices).reshape(sizes)
     # Auto axes: the default (Explicit) refuses the partitioning annotations of linen modules.
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def describe_mesh(sizes: Mapping[str, int]) -> str:
+    """Sizes by axis, for a person."""
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def must_take_turns(devices: Iterable[jax.Device]) -> bool:

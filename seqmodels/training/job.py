@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -17,6 +18,8 @@ from seqmodels.parallel.mesh import batch_shards, make_mesh
 from seqmodels.parallel.partition import PartitionRules
 from seqmodels.training.compiler_presets import PRESETS, compiler_options
 from seqmodels.training.optimizer import AdamW, Optimizer
+from seqmodels.training.state import TrainState, shardings_of
+from seqmodels.training.step import TrainStep, make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,19 @@ class TrainingJob:
     def compiler_options(self, mesh: Mesh) -> dict[str, Any]:
         """Options of XLA for the training step on this mesh."""
         return compiler_options(self.compiler_preset, mesh)
+
+    def train_step(self, transform: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> TrainStep:
+        """The jitted training step, of `transform`, on this mesh, for states that lie like `state` (shapes will do)."""
+        return make_train_step(
+            self.model,
+            transform,
+            self.optimizer.learning_rates(self.steps),
+            mesh=mesh,
+            state_shardings=shardings_of(state),
+            z_loss=self.z_loss,
+            accumulate=self.accumulate,
+            compiler_options=self.compiler_options(mesh),
+        )
 
     def check_fits(self, mesh: Mesh) -> None:
         """Raise `InputError` if the batch, its length or the heads of the model cannot be split evenly over the mesh

@@ -14,6 +14,7 @@ from seqmodels.training.loss import LossSums, loss_sums
 from seqmodels.training.state import TrainState
 
 Batch = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, "StepResult"]]
 
 
 class StepResult(NamedTuple):
@@ -38,7 +39,7 @@ def make_train_step(
     z_loss: float = 0.0,
     accumulate: int = 1,
     compiler_options: Mapping[str, Any] | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepResult]]:
+) -> TrainStep:
     """The jitted training step. It consumes (donates) the state that it is given.
 
     Args:

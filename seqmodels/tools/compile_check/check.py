@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from seqmodels.data.dataset import BATCH_DTYPES
 from seqmodels.models.accounting import flops_per_token, parameter_count
-from seqmodels.parallel.mesh import batch_sharding
+from seqmodels.parallel.mesh import batch_sharding, describe_mesh
 from seqmodels.tools.compile_check.chips import GIB, Target
 from seqmodels.tools.compile_check.schedule import Collective, Counts, count
-from seqmodels.training import TrainingJob, make_train_step, parameter_shapes, shardings_of, state_shapes
+from seqmodels.training import TrainingJob, parameter_shapes, state_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +88,7 @@ def check(
     batch = batch_shapes(job, mesh)
     shape = f"{job.batch_size} x {job.seq_len} tokens"
     say(f"{target.name}: {len(target.devices)} devices, mesh {describe_mesh(mesh.shape)}, {shape}")
-    step = make_train_step(
-        job.model,
-        transform,
-        job.optimizer.learning_rates(job.steps),
-        mesh=mesh,
-        state_shardings=shardings_of(state),
-        z_loss=job.z_loss,
-        accumulate=job.accumulate,
-        compiler_options=job.compiler_options(mesh),
-    )
+    step = job.train_step(transform, mesh, state)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
@@ -139,14 +130,8 @@ def check(
 def batch_shapes(job: TrainingJob, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """What the job's data gives a step, on the mesh; the data is not read."""
     shape, sharding = (job.batch_size, job.seq_len), batch_sharding(mesh)
-    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    if job.data.packed:
-        dtypes["segment_ids"] = jnp.int32
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-
-
-def describe_mesh(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    names = [name for name in BATCH_DTYPES if name != "segment_ids" or job.data.packed]
+    return {name: jax.ShapeDtypeStruct(shape, BATCH_DTYPES[name], sharding=sharding) for name in names}
 
 
 def reason(message: str) -> str:

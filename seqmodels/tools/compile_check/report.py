@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from seqmodels.parallel.mesh import describe_mesh
 from seqmodels.tools._documents import markdown_table
-from seqmodels.tools.compile_check.check import Report, describe_mesh, gib, merged
+from seqmodels.tools.compile_check.check import Report, gib, merged
 
 NOTES = """\
 Memory is what the compiler gives a device of what it can have. Bounds are times of a step on one device, each as if

@@ -8,6 +8,9 @@ from seqmodels.errors import EXIT_DONE, run_main
 from seqmodels.tools._documents import check_writable, markdown_table, put_section
 from seqmodels.tools.long_context import exchanges, memory, payload
 from seqmodels.tools.long_context.views import View
+from seqmodels.tools.survey import plots
+from seqmodels.tools.survey.report import as_text
+from seqmodels.tools.survey.views import Table
 
 VIEWS: dict[str, View] = {"exchanges": exchanges.VIEW, "payload": payload.VIEW, "memory": memory.VIEW}
 
@@ -35,13 +38,9 @@ def main(argv: list[str]) -> int:
         check_writable(name, getattr(options, name, None))
     plot = getattr(options, "plot", None)
     if plot is not None:
-        from seqmodels.tools.survey import plots
-
         plots.check(plot)
     rows = view.measure(options)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(as_text(Table(view.summary, rows[0], rows[1:])))
     if plot is not None:
         view.draw(rows, plot)
     if options.markdown is not None:

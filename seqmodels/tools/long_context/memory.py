@@ -39,7 +39,8 @@ def measure(options: argparse.Namespace) -> list[Sequence[str]]:
 
         def hear(line: str, said: list[str] = said) -> None:
             said.append(line)
-            print(line if not line.startswith("{") else "", flush=True)
+            if not line.startswith("{"):
+                print(line, flush=True)
 
         command = ["-m", "seqmodels.tools.long_context.memory", str(devices), str(options.steps)]
         ended = run(command, hear, threads=2, folder=Path.cwd())
@@ -68,7 +69,7 @@ def _train(argv: list[str]) -> None:
     from seqmodels.constructors import register_constructors
     from seqmodels.parallel.mesh import place_batch
     from seqmodels.start_up import prepare_jax
-    from seqmodels.training import TrainingJob, create_state, make_train_step, parameter_shapes, shardings_of
+    from seqmodels.training import TrainingJob, create_state, parameter_shapes
 
     prepare_jax()
     register_constructors()
@@ -80,9 +81,10 @@ def _train(argv: list[str]) -> None:
     batches = job.data.train_batches(job.batch_size, job.seq_len, job.seed)
     losses, seconds = [], []
     with jax.set_mesh(mesh):
-        state = create_state(job.model, transform, seq_len=job.seq_len, seed=job.seed, mesh=mesh)
-        rates = job.optimizer.learning_rates(job.steps)
-        step = make_train_step(job.model, transform, rates, mesh=mesh, state_shardings=shardings_of(state))
+        state = create_state(
+            job.model, transform, seq_len=job.seq_len, seed=job.seed, mesh=mesh, rules=job.mesh.rules
+        )
+        step = job.train_step(transform, mesh, state)
         batch = place_batch(next(batches), mesh)
         compiled = step.lower(state, batch).compile()
         memory = compiled.memory_analysis()
