@@ -1,10 +1,14 @@
-"""Compiled programs live as long as the tests of their case; `--law_table` writes down what became of every law."""
+"""Compiled programs live as long as the tests of their case or operator; `--law_table` writes down what became of laws.
+
+(A process may map so many pieces of memory, 65,530 on Linux, and every compiled program takes some: beyond, it dies.)
+"""
 
 from pathlib import Path
 
 import jax
 import pytest
 
+from seqmodels.ops._op import SeqOp
 from tests.conformance.cases import Case
 from tests.conformance.law_table import Recorder
 
@@ -27,11 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    if _case(item) is not None and _case(item) is not _case(nextitem):
+    if _subject(item) is not None and _subject(item) is not _subject(nextitem):
         for cached in (Case.span, Case.forward, Case.differentiated):
             cached.cache_clear()
         jax.clear_caches()
 
 
-def _case(item: pytest.Item | None) -> Case | None:
-    return item.callspec.params.get("case") if hasattr(item, "callspec") else None
+def _subject(item: pytest.Item | None) -> Case | SeqOp | None:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("case", parameters.get("op"))
