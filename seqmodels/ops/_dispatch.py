@@ -115,14 +115,15 @@ def _run_here(
     implementation = functools.partial(op.forms[form], chunk_size=chunk_size, options=options)
     if form != "chunked" or backend == "xla" or not op.kernels:
         return implementation(arrays, state, docs)
+    asked = {**options, "chunk_size": chunk_size}
     if backend != "auto":
-        reason = op.kernels[backend].supports(arrays, options)
+        reason = op.kernels[backend].supports(arrays, asked)
         if reason:
             raise InputError(f"{op.name}: backend {backend!r} cannot run this: {reason}")
         return op.kernels[backend].call(arrays, state, docs, chunk_size=chunk_size, options=options)
     chosen = {}
     for name, kernel in op.kernels.items():
-        if kernel.platform not in chosen and kernel.supports(arrays, options) is None:
+        if kernel.platform not in chosen and kernel.supports(arrays, asked) is None:
             _log_once(f"{op.name}: backend {name} where it is lowered for {kernel.platform}")
             chosen[kernel.platform] = functools.partial(kernel.call, chunk_size=chunk_size, options=options)
     return jax.lax.platform_dependent(arrays, state, docs, default=implementation, **chosen)

@@ -31,7 +31,9 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A hand-written kernel: `call` has the signature of a form; `supports` returns why not, or None.
+    """A hand-written kernel: `call` has the signature of a form; `supports` (arrays, options) returns why not, or None.
+
+    The options of `supports` have "chunk_size" too.
 
     platform: what the kernel is lowered for, in the vocabulary of `jax.lax.platform_dependent` ("tpu", "cuda").
     """

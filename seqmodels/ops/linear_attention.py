@@ -49,6 +49,7 @@ from seqmodels.notation import (
 from seqmodels.ops import _dispatch, _scan
 from seqmodels.ops._arguments import check_log_decay, check_qkv
 from seqmodels.ops._linear_attention_chunked import EPSILON, chunked
+from seqmodels.ops._linear_attention_kernels import KERNELS
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
@@ -286,6 +287,7 @@ LINEAR_ATTENTION = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked, "parallel": _parallel},
+    kernels=KERNELS,
     summarize=_summarize,
     combine=_combine,
     apply=_apply,

@@ -17,6 +17,7 @@ This is linear attention with a scalar decay, and runs on its forms:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from seqmodels.errors import InputError
 from seqmodels.notation import Array, MatrixState, SegmentIds
 from seqmodels.ops import _dispatch, _scan
 from seqmodels.ops._arguments import check_values
-from seqmodels.ops._op import Example, Inputs, Options, SeqOp
+from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION, LinearSummary, zero_state
 
@@ -134,12 +135,32 @@ def _form(name: str) -> Callable[..., tuple[Array, Array]]:
     ) -> tuple[Array, Array]:
         run = LINEAR_ATTENTION.forms[name]
         o, state = run(_as_linear_attention(arrays), state, docs, chunk_size, _options(options))
-        y = o + _skip(arrays)
-        if docs is not None:
-            y = jnp.where(docs.real[..., None, None], y, 0)
-        return y.astype(arrays["x"].dtype), state
+        return _with_skip(o, arrays, docs), state
 
     return form
+
+
+def _kernel(kernel: Kernel) -> Kernel:
+    """A kernel of linear attention as one of this operator."""
+
+    def supports(arrays: Inputs, options: Options) -> str | None:
+        return kernel.supports(_as_linear_attention(arrays), _options(options))
+
+    def call(
+        arrays: Inputs, state: Array, docs: Documents | None, *, options: Options, **how: Any
+    ) -> tuple[Array, Array]:
+        o, state = kernel.call(_as_linear_attention(arrays), state, docs, options=_options(options), **how)
+        return _with_skip(o, arrays, docs), state
+
+    return Kernel(kernel.platform, supports, call)
+
+
+def _with_skip(o: Array, arrays: Inputs, docs: Documents | None) -> Array:
+    """Equation (2); zero at padding."""
+    y = o + _skip(arrays)
+    if docs is not None:
+        y = jnp.where(docs.real[..., None, None], y, 0)
+    return y.astype(arrays["x"].dtype)
 
 
 def _summarize(arrays: Inputs, docs: Documents | None, options: Options) -> LinearSummary:
@@ -178,6 +199,7 @@ SSD = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={name: _form(name) for name in LINEAR_ATTENTION.forms},
+    kernels={name: _kernel(kernel) for name, kernel in LINEAR_ATTENTION.kernels.items()},
     summarize=_summarize,
     combine=_combine,
     apply=_apply,

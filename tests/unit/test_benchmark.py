@@ -1,12 +1,16 @@
-"""The benchmark program: its inputs, its comparisons, its clock, and how it ends."""
+"""The benchmark program: its inputs, its comparisons, its clock, and how it ends.
+
+Of the suite for a GPU everything runs here but the device's clock and the Triton kernels: JAX is on the CPU."""
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,8 +23,16 @@ from seqmodels.tools.benchmark import peers as peer_table
 from seqmodels.tools.benchmark import worker
 from seqmodels.tools.benchmark.cases import CASES, Workload, inputs
 from seqmodels.tools.benchmark.compare import AGREEMENT, Protocol, Row, compare, difference
+from seqmodels.tools.benchmark.gpu import clock, libraries, suite, tuning
+from seqmodels.tools.benchmark.gpu import command as gpu_command
+from seqmodels.tools.benchmark.gpu import peers as gpu_peers
+from seqmodels.tools.benchmark.gpu import report as gpu_report
+from seqmodels.tools.benchmark.gpu import worker as gpu_worker
+from seqmodels.tools.benchmark.gpu.messages import REFERENCE, XLA, Doing, Done, Failed, Job, Key, Measured
+from seqmodels.tools.benchmark.gpu.messages import Ready as GpuReady
 from seqmodels.tools.benchmark.messages import Ready, Run, Subject, Task
 from seqmodels.tools.benchmark.peers import PEERS, Peer
+from seqmodels.tools.benchmark.processes import Ended
 from seqmodels.tools.benchmark.report import Group, conclusion, ratio, table
 
 SMALL = ["--heads", "2", "--key_dim", "8", "--value_dim", "4"]
@@ -136,6 +148,12 @@ def test_several_operators_in_one_run():
         (["peers", "--op", "short_conv"], "--op short_conv has no peer"),
         (["peers", "--op", "short_conv", "--case", "width_4"], "--case width_4 of short_conv has no peer"),
         (["forms", "--json", "/proc/no/file.json"], "--json /proc/no/file.json cannot be written"),
+        (["--suite", "gpu", "--op", "sdd"], "did you mean 'ssd'"),
+        (["--suite", "gpu", "--case", "scalr"], "did you mean 'scalar'"),
+        (["--suite", "gpu", "--lengths", "1000"], "does not divide 32768 tokens"),
+        (["--suite", "gpu", "--widths", "0"], "--widths has 0"),
+        (["--suite", "gpu", "--limit", "-1"], "--limit is -1"),
+        (["--suite", "gpu", "--json", "/proc/no/file.json"], "--json /proc/no/file.json cannot be written"),
     ],
 )
 def test_bad_arguments_are_one_line_before_anything_runs(arguments, words):
@@ -150,6 +168,13 @@ def test_help(view, capsys):
         program.main([view, "--help"])
     assert end.value.code == 0
     assert "--lengths" in capsys.readouterr().out
+
+
+def test_help_of_the_gpu_suite(capsys):
+    with pytest.raises(SystemExit) as end:
+        program.main(["--suite", "gpu", "--help"])
+    assert end.value.code == 0
+    assert "--widths" in capsys.readouterr().out
 
 
 def test_forms_from_the_command_line(tmp_path, capsys):
@@ -281,3 +306,387 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+GPU_SMALL = ["--suite", "gpu", "--platform", "cpu", "--tokens", "128", "--lengths", "64", "--heads", "2"]
+ON_CPU = suite.Protocol(libraries=("torch",), platform="cpu", repeats=1, limit=100.0)
+
+
+def measured(name, ms, backward=False, host=0.0, **values) -> Measured:
+    return Measured(Key(name, backward), values, (ms / 1e3,), 10, host, 0.0)
+
+
+def test_every_gpu_peer_belongs_to_a_case():
+    assert {(peer.op, case) for peer in gpu_peers.PEERS for case in peer.cases} <= set(ALL_CASES)
+    for op, case in ALL_CASES:
+        assert len(set(suite.names(op, case))) == len(suite.names(op, case))
+
+
+@pytest.mark.parametrize("cost, calls, measurements", [(1e-3, 50, 5), (1e-6, 1000, 5), (0.7, 1, 3), (9.0, 1, 1)])
+def test_a_measurement_has_calls_for_50_ms_and_a_slow_one_is_not_repeated(cost, calls, measurements):
+    made = []
+
+    def run(count: int) -> clock.Span:
+        made.append(count)
+        return clock.Span(device=count * cost + (0.02 if count == 1 and cost < 0.1 else 0), host=count * 1e-4)
+
+    timing = clock.measure(run, repeats=5)
+    assert timing.calls == calls and made[2:] == [calls] * measurements
+    assert max(made[:2]) <= clock.QUEUE
+    assert timing.median == pytest.approx(cost) and timing.host == pytest.approx(1e-4)
+
+
+def test_positions_that_are_compared_fall_on_every_place_of_a_chunk():
+    for length in (1, 64, 2048, 8192, 32768):
+        places = np.arange(0, length, libraries.stride(length))
+        assert len(np.unique(places % 64)) == min(length, 64)
+        assert len(places) <= 2 * libraries.SAMPLES
+
+
+@pytest.mark.parametrize("case", ["head", "channel"])
+def test_values_of_a_batch_are_compared_with_its_last_sequence_alone(case):
+    work = workload(case=case, batch=3)._replace(dtype="bfloat16")
+    given = inputs(work)
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return np.asarray(jax.numpy.bfloat16(x), np.float32)
+
+    last = {name: x if name == "g" else rounded(x) for name, x in given.arrays.items()}
+    last = {name: x[-1:] if x.ndim > 1 else x for name, x in last.items()}
+    cotangent = rounded(given.cotangent)[-1:]
+    o, pull_back = jax.vjp(lambda x: ops()[work.op].call(**x, form="recurrent")[0], last)
+    want = {"o": o, **{f"d{name}": x for name, x in pull_back(cotangent)[0].items()}}
+
+    answers = []
+    keys = (Key(REFERENCE, True), Key(XLA, True))
+    gpu_worker.run(Job(work, keys), libraries.JaxLibrary("cpu"), 1, given, answers.append)
+    reference, ours = (each for each in answers if isinstance(each, Measured))
+    assert reference.form == "recurrent" and ours.form == "chunked"
+    for name, x in want.items():
+        x = x[-1] if x.ndim > 1 else x
+        np.testing.assert_allclose(reference.values[name], x, atol=1e-5 * np.max(np.abs(x)))
+    found = suite._row(work, True, {each.key: each for each in (reference, ours)}, "not asked for").cells[0]
+    assert set(found.errors) == {"o", "dq", "dk", "dv", "dg"}
+    assert 0 < max(found.errors.values()) < AGREEMENT["bfloat16"] and found.agrees
+
+
+def test_the_reference_is_chunked_where_states_of_every_token_do_not_fit(monkeypatch):
+    work = workload(case="scalar")
+    assert gpu_worker._ours(REFERENCE, work, inputs(work)).form == "recurrent"
+    assert gpu_worker._states(ops()[work.op], work._replace(batch=1), inputs(work)) == 64 * 2 * 8 * 8 * 4
+    monkeypatch.setattr(gpu_worker, "STATES", 64 * 2 * 8 * 8 * 4 - 1)
+    assert gpu_worker._ours(REFERENCE, work, inputs(work)).form == "chunked"
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu_worker, "STEPS", 63)
+    assert gpu_worker._ours(REFERENCE, work, inputs(work)).form == "chunked"
+
+
+def test_one_program_that_fails_leaves_the_others(monkeypatch):
+    def load(given):
+        import no_such_library  # noqa: F401
+
+    def fails(given):
+        def call(**arrays):
+            raise RuntimeError("no such instruction\nand more")
+
+        return call
+
+    peers = tuple(Peer("linear_attention", ("none",), name, "jax", f) for name, f in (("ghost", load), ("bad", fails)))
+    monkeypatch.setattr(gpu_peers, "PEERS", peers)
+    answers = []
+    keys = tuple(Key(name, False) for name in ("ghost", "bad", XLA))
+    gpu_worker.run(Job(workload(), keys), libraries.JaxLibrary("cpu"), 1, inputs(workload()), answers.append)
+    ghost, bad, ours = (each for each in answers if not isinstance(each, Doing))
+    assert ghost.reason == "not installed: ModuleNotFoundError: No module named 'no_such_library'"
+    assert bad.reason == "RuntimeError: no such instruction" and "Traceback" in bad.traceback
+    assert ours.seconds[0] > 0
+
+
+class ScriptedProcess:
+    """In place of a worker's process: measures what it is told to, but ends at some programs and hangs at others."""
+
+    started, ends, hangs, shared = 0, (), (), False
+
+    def __init__(self, module, environment, first):
+        type(self).started += 1
+        self.answers = [GpuReady("device")]
+
+    def send(self, message):
+        job = pickle.loads(message)
+        self.answers = [] if self.shared else [Doing(None, "compile")]
+        for key in job.keys:
+            if not self.shared:
+                self.answers.append(Doing(key, "forward"))
+            if key.name in (*self.ends, *self.hangs):
+                self.answers.append(Ended(-11, "Segmentation fault") if key.name in self.ends else TimeoutError())
+            self.answers.append(measured(key.name, 1.0))
+        if self.shared and any(key.name in self.ends for key in job.keys):
+            self.answers = [Ended(-11, "Segmentation fault")]
+        self.answers.append(Done())
+
+    def answer(self, timeout):
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "more, reasons, processes",
+    [
+        ({}, [None, None, None], 1),
+        ({"ends": ("b",)}, [None, "its process ended with exit code -11", None], 2),
+        ({"hangs": ("a", "c")}, ["no answer in 100 s", None, "no answer in 100 s"], 2),
+        ({"ends": ("a", "b"), "shared": True}, ["its process ended with exit code -11"] * 2 + [None], 4),
+    ],
+)
+def test_a_process_that_ends_or_hangs_costs_one_program(monkeypatch, more, reasons, processes):
+    process = type("Process", (ScriptedProcess,), {"started": 0, **more})
+    monkeypatch.setattr(suite, "WorkerProcess", process)
+    worker = suite._Worker("torch", ON_CPU)
+    job = Job(workload(), tuple(Key(name, False) for name in "abc"))
+    answers = {answer.key.name: answer for answer in worker.run(job, lambda doing: None)}
+    assert [getattr(answers[name], "reason", None) for name in "abc"] == reasons
+    assert process.started == processes
+
+
+def test_a_library_that_does_not_start_is_the_reason_of_all_its_programs(monkeypatch):
+    monkeypatch.setattr(ScriptedProcess, "answer", lambda self, timeout: Failed(None, "torch finds no GPU"))
+    monkeypatch.setattr(suite, "WorkerProcess", ScriptedProcess)
+    job = Job(workload(), (Key("a", False), Key("b", True)))
+    answers = list(suite._Worker("torch", ON_CPU).run(job, lambda doing: None))
+    assert answers == [Failed(key, "torch finds no GPU") for key in job.keys]
+
+
+def gpu_row(backward=False, **answers) -> suite.Row:
+    """Of a workload with the peers "fla chunk_simple_gla" and "fla fused_chunk_simple_gla"."""
+    one = np.ones(4, np.float32)
+    given = {REFERENCE: measured(REFERENCE, 0, backward, o=one)._replace(form="recurrent")}
+    given |= {name.replace("fla_", "fla "): x for name, x in answers.items()}
+    by_key = {Key(name, backward): x for name, x in given.items()}
+    return suite._row(workload(case="scalar"), backward, by_key, "not asked for")
+
+
+def test_the_ratio_is_of_the_fastest_that_agree():
+    one = np.ones(4, np.float32)
+    right, wrong, no_number = one * 1.01, one * 1.2, one * np.nan
+    values = {
+        "xla": measured("xla", 3.0, o=right),
+        "pallas_gpu": measured("pallas_gpu", 1.0, o=right),
+        "fla_chunk_simple_gla": measured("", 2.0, o=right),
+        "fla_fused_chunk_simple_gla": measured("", 0.5, o=right),
+    }
+    assert gpu_row(**values).ratio == 2.0
+    for bad in (wrong, no_number):
+        row = gpu_row(**{**values, "fla_fused_chunk_simple_gla": measured("", 0.5, o=bad)})
+        assert row.ratio == 0.5 and row.fastest(False).name == "fla chunk_simple_gla"
+        assert "!" in gpu_report.Table(row.workload).line(row)
+    assert gpu_row(xla=values["xla"]).ratio is None
+    row = gpu_row(**values)
+    assert gpu_report._row(row)["peer"] == "fla fused_chunk_simple_gla" and gpu_report._row(row)["ours"] == "pallas_gpu"
+
+
+def test_a_line_says_times_errors_and_reasons():
+    one = np.ones(4, np.float32)
+    row = gpu_row(
+        backward=True,
+        xla=measured("xla", 3.0, True, host=2.9e-3, o=one, dq=one),
+        pallas_gpu=Failed(Key("pallas_gpu", True), "there is no kernel"),
+        fla_chunk_simple_gla=measured("", 2.0, True, o=one * 1.01),
+    )
+    table = gpu_report.Table(row.workload)
+    cells = table.cells(row)
+    assert cells[:3] == ("both", "64 x 1", "8")
+    assert cells[3:] == ("3* (0e+00)", "- [1]", "2 (1e-02)", "- [2]", "1.50", "recurrent")
+    assert table.notes == "  [1] pallas_gpu: there is no kernel\n  [2] fla fused_chunk_simple_gla: not asked for"
+    assert len(table.head.splitlines()[1]) == len(table.line(row))
+
+
+def test_gpu_suite_from_the_command_line(tmp_path, capsys, monkeypatch):
+    file, document = tmp_path / "result.json", tmp_path / "result.md"
+    cases = ["--op", "linear_attention", "aaren", "--case", "scalar", "learned_query", "--repeats", "2"]
+    program.main([*GPU_SMALL, "--widths", "8", *cases, "--json", str(file), "--markdown", str(document)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["op"], row["backward"]) for row in rows] == [
+        ("linear_attention", False),
+        ("linear_attention", True),
+        ("aaren", False),
+        ("aaren", True),
+    ]
+    for row in rows:
+        assert row["reference"] == "recurrent" and (row["length"], row["batch"], row["heads"]) == (64, 2, 2)
+        found = {each["program"]: each for each in row["programs"]}
+        assert found["xla"]["milliseconds"] > 0 and len(found["xla"]["seconds"]) == 2
+        assert max(found["xla"]["errors"].values()) < AGREEMENT["bfloat16"]
+        assert row["backward"] == ("dk" in found["xla"]["errors"])
+        # Without a GPU no Triton kernel runs; and a program that does not run has its reason.
+        for each in row["programs"]:
+            assert (each["milliseconds"] is None) == (each["skipped"] is not None)
+            if each["program"].startswith("fla"):
+                assert each["skipped"]
+    aaren = {each["program"]: each for each in rows[3]["programs"]}
+    assert aaren["pallas_gpu"]["skipped"] == "aaren has no pallas_gpu kernel"
+    assert rows[3]["ratio"] > 0 and rows[3]["peer"] is not None
+    printed = capsys.readouterr().out
+    assert "aaren, learned_query; 2 heads, bfloat16" in printed
+    assert "pallas_gpu: aaren has no pallas_gpu kernel" in printed
+    assert "| forward | 64 x 2 | 8 |" in document.read_text()
+
+
+def test_what_is_late_is_said():
+    with suite.Suite(ON_CPU._replace(libraries=(), stop_after=1e-6)) as begun:
+        (row,) = begun.rows([workload()], [False])
+    assert all(cell.skipped.startswith("not begun") for cell in row.cells)
+    assert row.ratio is None and row.reference is None
+
+
+@pytest.mark.parametrize(
+    "error, count, words", [(0, 0, "finds no device"), (100, 1, "reports error 100"), (0, 1, None)]
+)
+def test_a_gpu_is_looked_for_with_the_driver(monkeypatch, error, count, words):
+    class Driver:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+
+        def cuInit(self, flags):
+            return error
+
+        def cuDeviceGetCount(self, found):
+            found._obj.value = count
+            return 0
+
+    monkeypatch.setattr(gpu_command.ctypes, "CDLL", Driver)
+    if words is None:
+        return gpu_command.check_gpu()
+    with pytest.raises(InputError, match=words):
+        gpu_command.check_gpu()
+
+
+def test_without_a_gpu_the_suite_ends_with_what_it_needs(monkeypatch):
+    def none(name):
+        raise OSError
+
+    monkeypatch.setattr(gpu_command.ctypes, "CDLL", none)
+    with pytest.raises(InputError, match="needs an NVIDIA GPU with its driver, jax for CUDA") as error:
+        program.main(["--suite", "gpu"])
+    assert "\n" not in str(error.value)
+
+
+def test_default_gpu_suite():
+    works = gpu_command._plan(gpu_command._parser().parse_args([]))
+    assert {(work.tokens, work.heads, work.dtype) for work in works} == {(32768, 16, "bfloat16")}
+    assert {(work.length, work.key_dim, work.value_dim) for work in works} == {
+        (length, width, width) for length in (2048, 8192, 32768) for width in (64, 128)
+    }
+    assert {work.op for work in works} == {"linear_attention", "ssd"}
+
+
+def test_kernels_of_mamba_are_imported_without_the_package_around_them(tmp_path, monkeypatch):
+    folder = tmp_path / "mamba_ssm" / "ops" / "triton"
+    folder.mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise ImportError('a compiled extension')")
+    source = "def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D): return x, chunk_size"
+    (folder / "ssd_combined.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        for _ in range(2):
+            call = gpu_peers._mamba_chunk_scan(None)
+            assert call("x", None, None, None, None, None) == ("x", 256)
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_torch_is_given_the_same_numbers(backward):
+    pytest.importorskip("torch", reason="torch is not installed; it comes with the extra 'peers'")
+    work = workload("softmax_attention", "causal", batch=2)._replace(dtype="bfloat16")
+    name = "torch scaled_dot_product_attention"
+    answers = []
+    for library, key in (("jax", Key(REFERENCE, backward)), ("torch", Key(name, backward))):
+        made = libraries.LIBRARIES[library]("cpu")
+        gpu_worker.run(Job(work, (key,)), made, 1, inputs(work), answers.append)
+    found = {each.key: each for each in answers if isinstance(each, Measured)}
+    (cell,) = (x for x in suite._row(work, backward, found, "not asked for").cells if x.name == name)
+    assert set(cell.errors) == ({"o", "dq", "dk", "dv"} if backward else {"o"})
+    assert 0 < max(cell.errors.values()) < AGREEMENT["bfloat16"]
+
+
+def test_events_of_the_device_are_the_clock_of_torch(monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(done)
+
+        def synchronize(self):
+            self.waited = True
+
+        def elapsed_time(self, end):
+            assert end.waited
+            return 40.0 * (end.at - self.at)
+
+    torch = SimpleNamespace(cuda=SimpleNamespace(Event=Event))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    library = object.__new__(libraries.TorchLibrary)
+    library._on = "cuda"
+    span = library.span(lambda: done.append(1), 3)
+    assert span.device == pytest.approx(0.12) and 0 < span.host < 0.1 and len(done) == 3
+
+
+def test_configurations_are_compiled_before_they_are_timed(monkeypatch):
+    ran, pools = [], []
+
+    class Autotuner:
+        _do_bench, nargs = None, {"x": "the array"}
+
+        def prune_configs(self, kwargs):
+            return [SimpleNamespace(all_kwargs=lambda n=n: {"BLOCK": n}) for n in (16, 32, 64)]
+
+    class AsyncCompileMode:
+        def __init__(self, pool, ignore_errors):
+            pools.append(ignore_errors)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    def compile(*args, **kwargs):
+        ran.append((args, kwargs))
+        if kwargs["BLOCK"] == 16:
+            raise RuntimeError("too small")
+
+    modules = {
+        "triton": {},
+        "triton.runtime": {},
+        "triton.runtime._async_compile": {"AsyncCompileMode": AsyncCompileMode},
+        "triton.runtime.autotuner": {"Autotuner": Autotuner},
+        "triton.testing": {"do_bench": lambda call, warmup, rep: (warmup, rep)},
+    }
+    for name, contents in modules.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    tuning.compile_side_by_side()
+    tuner = Autotuner()
+    tuner.fn = SimpleNamespace(run=compile)
+    assert len(tuner.prune_configs({"grid": 1, "warmup": False})) == 3
+    want = [(("the array",), {"grid": 1, "warmup": True, "BLOCK": n}) for n in (16, 32, 64)]
+    assert ran == want and pools == [True]
+    assert tuner._do_bench(None) == (tuning.WARM_UP, tuning.TIMED)
+
+
+def test_the_gpu_suite_knows_what_it_runs_on_without_what_training_needs():
+    source = "import sys; from seqmodels.tools.benchmark.gpu import command; found = command._environment();"
+    source += "assert found['python'] and found['packages'] and not {'orbax', 'grain', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", source], check=True)

@@ -5,6 +5,8 @@
     compare     workers side by side: values first, then CPU time in alternating order
     report      tables and JSON
     __main__    the command line
+    programs    what a measured call does; processes: how a worker is started, spoken to and ended
+    gpu         the same on a GPU: --suite gpu
 
 The clock is the CPU time of a process that is held to one thread, because that changes little with what else the
 machine does; wall time on a shared machine measures the neighbours. Programs that are compared run within one run,

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from seqmodels.errors import InputError, nearest, run_main
 from seqmodels.tools._documents import check_writable, put_section
 from seqmodels.tools.benchmark import report
-from seqmodels.tools.benchmark.cases import CASES, Workload
+from seqmodels.tools.benchmark.cases import CASES, Workload, pairs
 from seqmodels.tools.benchmark.compare import Protocol, compare
+from seqmodels.tools.benchmark.gpu import command as gpu
 from seqmodels.tools.benchmark.messages import Subject
 from seqmodels.tools.benchmark.peers import PEERS, peers
 from seqmodels.tools.benchmark.report import Group
@@ -24,6 +25,8 @@ Measure operators on this machine's CPU against something measured beside them.
   forms     one form against the definition, token by token: how much the chunked form saves
   lengths   one form from short to long sequences at equal tokens per batch: whether the cost per token stays
   peers     ours against functions of other libraries that are installed, after comparing their values
+
+On a GPU, beside the Triton kernels of other libraries: --suite gpu, and --suite gpu --help.
 
 Every program runs in a process of its own, held to --threads threads; programs of one table take turns. Times are
 CPU time with one thread, which other processes hardly disturb, and wall time with more; compilation is apart."""
@@ -60,6 +63,16 @@ VIEWS = {
 
 
 def main(argv: list[str]) -> None:
+    suite = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    suite.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
+    chosen, argv = suite.parse_known_args(argv)
+    if chosen.suite == "gpu":
+        return gpu.main(argv)
+    _main(argv)
+
+
+def _main(argv: list[str]) -> None:
+    """The suite for a CPU."""
     arguments = _parser().parse_args(argv)
     groups = _plan(arguments)
     for name in ("json", "markdown"):
@@ -156,8 +169,8 @@ def _plan(arguments: argparse.Namespace) -> list[_Planned]:
         raise InputError(f"--lengths has {min(arguments.lengths)}; expected at least 1")
     if arguments.chunk_size and min(arguments.chunk_size) < 1:
         raise InputError(f"--chunk_size has {min(arguments.chunk_size)}; expected at least 1")
-    pairs = _pairs(arguments)
-    for op in dict.fromkeys(op for op, _ in pairs):
+    cases = _cases(arguments)
+    for op in dict.fromkeys(op for op, _ in cases):
         _check_form(op, arguments.form)
     protocols = [
         Protocol(backward, arguments.threads, arguments.repeats, arguments.limit)
@@ -166,23 +179,16 @@ def _plan(arguments: argparse.Namespace) -> list[_Planned]:
     ours = [Subject(None, arguments.form, size) for size in arguments.chunk_size or [None]]
     return [
         _Planned(programs, protocol, arguments.view == "lengths")
-        for op, case in pairs
+        for op, case in cases
         for programs in _programs(arguments, op, case, ours)
         for protocol in protocols
     ]
 
 
-def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+def _cases(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Operators, each with its cases to measure."""
     ops = list(CASES) if arguments.op == ["all"] else arguments.op
-    for op in ops:
-        if op not in CASES:
-            raise InputError(f"--op {op} has no inputs to measure it with; {nearest(op, [*CASES, 'all'])}")
-    found = [(op, case) for op in ops for case in CASES[op]]
-    for case in arguments.case or []:
-        if case not in (known := dict.fromkeys(case for _, case in found)):
-            raise InputError(f"--case {case} is not a case of {', '.join(ops)}; {nearest(case, known)}")
-    found = [(op, case) for op, case in found if not arguments.case or case in arguments.case]
+    found = pairs(ops, arguments.case)
     if arguments.view != "peers":
         return found
     with_peers = [pair for pair in found if peers(*pair)]

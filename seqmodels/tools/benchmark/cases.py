@@ -4,12 +4,13 @@ Inputs are float32 from NumPy, so that every library is given the same numbers. 
 are mild (a weight of exp(g) near 1), as in a model at the start of training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from seqmodels.errors import InputError, nearest
 from seqmodels.ops._memory_network import Linear, Norm
 
 
@@ -219,3 +220,19 @@ CASES: dict[str, dict[str, Callable[[Workload, Random], Inputs]]] = {
         "ttt_linear": _test_time_training,
     },
 }
+
+
+def pairs(ops: Sequence[str], only: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """Operators, or "all", each with its cases, or with those of the named ones that it has.
+
+    Raises InputError for names that do not exist.
+    """
+    ops = list(CASES) if list(ops) == ["all"] else ops
+    for op in ops:
+        if op not in CASES:
+            raise InputError(f"--op {op} has no inputs to measure it with; {nearest(op, [*CASES, 'all'])}")
+    found = [(op, case) for op in ops for case in CASES[op]]
+    for case in only or []:
+        if case not in (known := dict.fromkeys(case for _, case in found)):
+            raise InputError(f"--case {case} is not a case of {', '.join(ops)}; {nearest(case, known)}")
+    return [(op, case) for op, case in found if not only or case in only]

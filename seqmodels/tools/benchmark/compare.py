@@ -4,9 +4,6 @@ import contextlib
 import os
 import pickle
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +13,7 @@ import numpy as np
 from seqmodels.errors import InputError
 from seqmodels.tools.benchmark.cases import Workload
 from seqmodels.tools.benchmark.messages import Ready, Run, Skipped, Subject, Task
+from seqmodels.tools.benchmark.processes import Ended, WorkerProcess
 
 # Of the greatest magnitude; what differs by more does not compute the same, and gets no ratio.
 AGREEMENT = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -125,10 +123,14 @@ def compare(
 
 
 def difference(values: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> float:
-    """The greatest, over what both have, of max |a - b| / max |b|; NaN where a NaN is."""
+    """The greatest of `differences`; NaN where a NaN is."""
+    return float(np.max(list(differences(values, reference).values())))
+
+
+def differences(values: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """max |a - b| / max |b| of each array that both have."""
     shared = [name for name in reference if name in values]
-    each = [np.max(np.abs(values[x] - reference[x])) / np.max(np.abs(reference[x])) for x in shared]
-    return float(np.max(each))
+    return {x: float(np.max(np.abs(values[x] - reference[x])) / np.max(np.abs(reference[x]))) for x in shared}
 
 
 def _explained(skipped: Skipped, subject: Subject) -> str:
@@ -140,51 +142,24 @@ def _explained(skipped: Skipped, subject: Subject) -> str:
     return f"failed: {skipped.reason}" if skipped.traceback else skipped.reason
 
 
-class _Worker:
-    """A worker's process, from its task to its end. As a context manager it leaves no process behind."""
+class _Worker(WorkerProcess):
+    """A worker with its task."""
 
     def __init__(self, task: Task):
-        self._name = task.subject.name
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- has no name, and goes with the object
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "seqmodels.tools.benchmark.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=worker_environment(task.threads),
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends its workers
-        )
-        self._send(pickle.dumps(task))
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
+        super().__init__("seqmodels.tools.benchmark.worker", worker_environment(task.threads), pickle.dumps(task))
 
     def ready(self) -> Ready | Skipped:
         return self._answer()
 
     def run(self) -> Run | Skipped:
-        self._send(b"run\n")
+        self.send(b"run\n")
         return self._answer()
-
-    def _send(self, message: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the answer says why
-            self._process.stdin.write(message)
-            self._process.stdin.flush()
 
     def _answer(self) -> Any:
         try:
-            return pickle.load(self._process.stdout)
-        except EOFError:
-            code = self._process.wait()
-            self._errors.seek(0)
-            printed = self._errors.read().decode(errors="replace").strip()
-            reason = f"its process ended with exit code {code}"
-            return Skipped(reason, traceback=f"{printed}\n{reason}")
+            return self.answer()
+        except Ended as end:
+            return Skipped(str(end), traceback=f"{end.printed}\n{end}")
 
 
 def worker_environment(threads: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from seqmodels.tools._documents import markdown_table
 from seqmodels.tools.benchmark.compare import Row
 
 START = "# Benchmarks on a CPU\n\nWritten by `python -m seqmodels.tools.benchmark`.\n"
-PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "flash-linear-attention")
+PACKAGES = ("jax", "jaxlib", "numpy", "torch", "triton", "transformers", "flash-linear-attention", "mamba_ssm")
 
 
 class Group(NamedTuple):

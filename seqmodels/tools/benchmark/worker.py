@@ -25,6 +25,7 @@ from seqmodels.errors import InputError
 from seqmodels.tools.benchmark.cases import Inputs, Workload, inputs
 from seqmodels.tools.benchmark.messages import Ready, Run, Skipped, Subject, Task
 from seqmodels.tools.benchmark.peers import peers
+from seqmodels.tools.benchmark.programs import jax_step, one_line, torch_step
 
 SHORTEST_RUN = 0.1  # CPU seconds; shorter calls are repeated within a run
 GRANULE = 64  # tokens; some programs take only whole chunks of this size
@@ -53,7 +54,7 @@ def main() -> None:
         return _answer(answers, Skipped(str(error), input_error=True))
     except Exception as error:
         # Whatever a library raises is an answer: the parent says it and measures the others.
-        return _answer(answers, Skipped(_one_line(error), traceback=traceback.format_exc()))
+        return _answer(answers, Skipped(one_line(error), traceback=traceback.format_exc()))
     _answer(answers, ready)
     calls = 1
     while sys.stdin.buffer.readline():
@@ -71,11 +72,6 @@ class _Skip(Exception):
 def _answer(pipe: BinaryIO, answer: Ready | Skipped | Run) -> None:
     pickle.dump(answer, pipe)
     pipe.flush()
-
-
-def _one_line(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".strip()
-    return text.splitlines()[0][:200]
 
 
 def _prepare(task: Task) -> tuple[Program, Ready]:
@@ -120,7 +116,7 @@ def _program(task: Task, workload: Workload) -> Program:
     try:
         function = peer.load(given)
     except ImportError as error:
-        raise _Skip(f"not installed: {_one_line(error)}") from error
+        raise _Skip(f"not installed: {one_line(error)}") from error
     make = {"torch": _torch_program, "jax": _jax_program}[peer.framework]
     return make(function, given, task)
 
@@ -142,17 +138,8 @@ def _jax_program(function: Callable[..., Any], given: Inputs, task: Task) -> Pro
 
     arrays = {name: jax.tree.map(partial(put, name), x) for name, x in given.arrays.items()}
     cotangent = put("o", given.cotangent)
-
-    def forward(arrays: dict[str, jax.Array], cotangent: jax.Array) -> dict[str, jax.Array]:
-        return {"o": function(**arrays)}
-
-    def both(arrays: dict[str, jax.Array], cotangent: jax.Array) -> dict[str, jax.Array]:
-        o, pull_back = jax.vjp(lambda arrays: function(**arrays), arrays)
-        gradients = jax.tree.leaves_with_path(pull_back(cotangent)[0])
-        return {"o": o, **{f"d{_named(path)}": x for path, x in gradients}}
-
     start = time.process_time()
-    compiled = jax.jit(both if task.backward else forward).lower(arrays, cotangent).compile()
+    compiled = jax.jit(jax_step(function, task.backward)).lower(arrays, cotangent).compile()
     seconds = time.process_time() - start
     temporary = compiled.memory_analysis().temp_size_in_bytes
     most = MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -179,26 +166,8 @@ def _torch_program(function: Callable[..., Any], given: Inputs, task: Task) -> P
         return put(name, x).requires_grad_(task.backward)
 
     arrays = {name: tree.map(partial(trained, name), x) for name, x in given.arrays.items()}
-    leaves = {_named(path): x for path, x in tree.leaves_with_path(arrays)}
-    cotangent = put("o", given.cotangent)
-
-    def forward() -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            return {"o": function(**arrays)}
-
-    def both() -> dict[str, torch.Tensor]:
-        o = function(**arrays)
-        grads = torch.autograd.grad(o, list(leaves.values()), cotangent, allow_unused=True)
-        return {"o": o.detach(), **{f"d{name}": x for name, x in zip(leaves, grads) if x is not None}}
-
-    return Program(both if task.backward else forward, lambda x: x.float().numpy())
-
-
-def _named(path: tuple) -> str:
-    """An array's name, and its place in a tree of them."""
-    from jax.tree_util import keystr
-
-    return path[0].key + keystr(path[1:])
+    call = partial(torch_step(function, task.backward), arrays, put("o", given.cotangent))
+    return Program(call, lambda x: x.float().numpy())
 
 
 def _timed(call: Callable[[], Any], calls: int) -> Run:

@@ -23,7 +23,7 @@ from seqmodels.tools.compile_check.chips import Chip
 from seqmodels.tools.compile_check.hlo import Computation, Instruction, Module, buffers, payload, talk
 
 # They neither compute nor move anything.
-_FREE = {
+FREE = {
     "add-dependency",
     "after-all",
     "bitcast",
@@ -112,7 +112,7 @@ class _Counter:
         way around it, which its instructions may carry on."""
         now, pending, names, readers = 0.0, {}, {}, _readers(body)
         for x in body:
-            if x.opcode in _FREE:
+            if x.opcode in FREE:
                 continue
             begun, ended = set(), set()
             if x.opcode == "while":
@@ -208,86 +208,89 @@ class _Counter:
         entry.wire_bytes += times * payload(data)
 
     def _instruction(self, x: Instruction, times: int) -> float:
-        operations = sum(_operations(y, self.module.shapes) for y in self.module.inside(x))
-        traffic = self._traffic(x)
-        self.counts.operations += times * operations
-        self.counts.traffic += times * traffic
+        computed = operations(self.module, x)
+        moved = traffic(self.module, x)
+        self.counts.operations += times * computed
+        self.counts.traffic += times * moved
         cycles = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
         if cycles:
             self.counts.compiler_seconds += times * int(cycles[1]) / self.chip.clock
         if x.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in x.attributes:
             self.kernels[re.sub(r"[.\d]+$", "", x.name)] += times
-        return max(operations / self.chip.flops, traffic / self.chip.bandwidth)
+        return max(computed / self.chip.flops, moved / self.chip.bandwidth)
 
-    def _traffic(self, x: Instruction) -> float:
-        """Bytes that one run of an instruction reads from the device's memory and writes to it."""
-        shapes = self.module.shapes
-        if "AllocateBuffer" in x.attributes or x.collective:  # those of collectives are counted where they start
-            return 0.0
-        if x.opcode == "slice-start":
-            return sum(2.0 * part.bytes if part.space == 0 else part.bytes for part in buffers(x.shape)[1:2])
-        if x.opcode.endswith("-start"):  # of a copy to or from the chip
-            return _in_memory(x.shape)
-        if x.opcode == "dynamic-update-slice":
-            return 2.0 * _in_memory(shapes[x.operands[1]])
-        if x.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2.0 * _in_memory(x.shape)
-        body = self.module.called(x) if x.opcode == "fusion" else []
-        if not body:
-            return _in_memory(x.shape) + sum(_in_memory(shapes[name]) for name in x.operands)
-        read = 0.0
-        for y in body:
-            if y.opcode == "parameter":
-                whole = _in_memory(shapes[x.operands[int(y.literal)]])
-                read += min(whole, self._read(body, y.name)) if whole else 0.0
-        return read + sum(self._written(x, body))
 
-    def _read(self, body: Computation, name: str) -> float:
-        """Bytes of an argument that a computation reads; infinite for all of it."""
-        total = 0.0
-        for y in body:
-            if name not in y.operands:
-                continue
-            if y.opcode in ("dynamic-slice", "slice") and y.operands[0] == name:
-                total += payload(y.shape)
-            elif (
-                y.collective
-                or (y.opcode == "dynamic-update-slice" and name not in y.operands[1:])
-                or (y.is_root and y.opcode == "tuple")
-            ):
-                pass
-            elif y.opcode == "bitcast":
-                total += self._read(body, y.name)
-            elif y.opcode == "fusion":
-                inner = {int(z.literal): z.name for z in self.module.called(y) if z.opcode == "parameter"}
-                for place, operand in enumerate(y.operands):
-                    if operand == name:
-                        total += self._read(self.module.called(y), inner[place])
+def traffic(module: Module, x: Instruction) -> float:
+    """Bytes that one run of an instruction reads from the device's memory and writes to it."""
+    shapes = module.shapes
+    if "AllocateBuffer" in x.attributes or x.collective:  # those of collectives are counted where they start
+        return 0.0
+    if x.opcode == "slice-start":
+        return sum(2.0 * part.bytes if part.space == 0 else part.bytes for part in buffers(x.shape)[1:2])
+    if x.opcode.endswith("-start"):  # of a copy to or from the chip
+        return _in_memory(x.shape)
+    if x.opcode == "dynamic-update-slice":
+        return 2.0 * _in_memory(shapes[x.operands[1]])
+    if x.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2.0 * _in_memory(x.shape)
+    body = module.called(x) if x.opcode == "fusion" else []
+    if not body:
+        return _in_memory(x.shape) + sum(_in_memory(shapes[name]) for name in x.operands)
+    read = 0.0
+    for y in body:
+        if y.opcode == "parameter":
+            whole = _in_memory(shapes[x.operands[int(y.literal)]])
+            read += min(whole, _read(module, body, y.name)) if whole else 0.0
+    return read + sum(_written(module, x, body))
+
+
+def _read(module: Module, body: Computation, name: str) -> float:
+    """Bytes of an argument that a computation reads; infinite for all of it."""
+    total = 0.0
+    for y in body:
+        if name not in y.operands:
+            continue
+        if y.opcode in ("dynamic-slice", "slice") and y.operands[0] == name:
+            total += payload(y.shape)
+        elif (
+            y.collective
+            or (y.opcode == "dynamic-update-slice" and name not in y.operands[1:])
+            or (y.is_root and y.opcode == "tuple")
+        ):
+            pass
+        elif y.opcode == "bitcast":
+            total += _read(module, body, y.name)
+        elif y.opcode == "fusion":
+            inner = {int(z.literal): z.name for z in module.called(y) if z.opcode == "parameter"}
+            for place, operand in enumerate(y.operands):
+                if operand == name:
+                    total += _read(module, module.called(y), inner[place])
+        else:
+            return math.inf
+    return total
+
+
+def _written(module: Module, x: Instruction, body: Computation) -> list[float]:
+    """Bytes that a fusion writes, for each of its outputs."""
+    by_name = {y.name: y for y in body}
+    root = next(y for y in body if y.is_root)
+    outputs = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    written = []
+    for output, whole in zip(outputs, buffers(x.shape)):
+        size = float(whole.bytes) if whole.space == 0 else 0.0
+        inner = by_name
+        while output is not None and output.opcode in ("bitcast", "fusion"):
+            if output.opcode == "fusion":
+                inner = {y.name: y for y in module.called(output)}
+                output = next((y for y in inner.values() if y.is_root), None)
             else:
-                return math.inf
-        return total
-
-    def _written(self, x: Instruction, body: Computation) -> list[float]:
-        """Bytes that a fusion writes, for each of its outputs."""
-        by_name = {y.name: y for y in body}
-        root = next(y for y in body if y.is_root)
-        outputs = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        written = []
-        for output, whole in zip(outputs, buffers(x.shape)):
-            size = float(whole.bytes) if whole.space == 0 else 0.0
-            inner = by_name
-            while output is not None and output.opcode in ("bitcast", "fusion"):
-                if output.opcode == "fusion":
-                    inner = {y.name: y for y in self.module.called(output)}
-                    output = next((y for y in inner.values() if y.is_root), None)
-                else:
-                    output = inner.get(output.operands[0])
-            if output is None or output.opcode == "parameter" or output.collective:
-                size = 0.0
-            elif output.opcode == "dynamic-update-slice":
-                size = min(size, payload(self.module.shapes[output.operands[1]]))
-            written.append(size)
-        return written
+                output = inner.get(output.operands[0])
+        if output is None or output.opcode == "parameter" or output.collective:
+            size = 0.0
+        elif output.opcode == "dynamic-update-slice":
+            size = min(size, payload(module.shapes[output.operands[1]]))
+        written.append(size)
+    return written
 
 
 def _key(x: Instruction, inner: Instruction) -> Any:
@@ -324,6 +327,11 @@ def _readers(body: Computation) -> Mapping[str, list[Instruction]]:
         for name in x.operands:
             found[name].append(x)
     return found
+
+
+def operations(module: Module, x: Instruction) -> float:
+    """Of matrix products and convolutions in one run of an instruction."""
+    return sum(_operations(y, module.shapes) for y in module.inside(x))
 
 
 def _in_memory(shape: str) -> float:

@@ -1,0 +1,1 @@
+"""Kernels for TPU (Pallas, Mosaic) and GPU (Pallas, Mosaic GPU): functions of jax arrays that import jax alone."""

@@ -1,0 +1,47 @@
+"""How large a kernel's steps are on each generation of TPU, from what its compiler says of them.
+
+The table was made with `python -m seqmodels.tools.kernel_report --sweep`; its figures are in docs/kernels.md.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Sizes(NamedTuple):
+    """
+    chunk        positions per chunk: the sides of the square products within it
+    step_bytes   bytes of one operand that one step of the grid reads, all its heads and positions together. Chunks
+                 and heads of a step do not wait for each other, so that long steps keep the matrix units busy
+    memory       bytes of VMEM that a kernel may take
+    """
+
+    chunk: int
+    step_bytes: int
+    memory: int
+
+
+MIB = 1 << 20
+# By the device's kind, as jax names it.
+SIZES = {
+    "TPU v4": Sizes(128, MIB // 2, 15 * MIB),
+    "TPU v5 lite": Sizes(128, MIB, 64 * MIB),
+    "TPU v5": Sizes(128, MIB, 56 * MIB),
+    "TPU v6 lite": Sizes(256, MIB, 64 * MIB),
+    "TPU7x": Sizes(256, MIB, 56 * MIB),
+}
+# Where nothing says what the program is for: fits all of them.
+UNKNOWN = SIZES["TPU v4"]
+
+
+def sizes() -> Sizes:
+    """For the devices of the mesh in context, or else for those of this process."""
+    return SIZES.get(device_kind(), UNKNOWN)
+
+
+def device_kind() -> str | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    if device is not None:
+        return device.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None

@@ -1,0 +1,68 @@
+"""The kernels of `pallas_kernels` as the chunked form of linear attention.
+
+The normaliser is one more value channel, of ones: its state is z, and what a query reads from it is the denominator.
+"""
+
+import importlib
+from typing import Any
+
+import jax.numpy as jnp
+
+from seqmodels.notation import Array
+from seqmodels.ops import _mesh
+from seqmodels.ops._linear_attention_chunked import EPSILON
+from seqmodels.ops._op import Inputs, Kernel, Options
+from seqmodels.ops._scan import Documents
+
+
+def kernel(platform: str, name: str) -> Kernel:
+    """Of the module of that name, which has the functions of `pallas_kernels.tpu.linear_attention`.
+
+    It is imported when it is first asked: a program that names "xla" need not load Pallas.
+    """
+
+    def supports(arrays: Inputs, options: Options) -> str | None:
+        if _mesh.is_spread():
+            return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
+        q, k, v, g = (arrays[name] for name in "qkvg")
+        v = _with_ones(v) if options["normalize"] else v
+        return importlib.import_module(name).supports(q, k, v, g, chunk_size=options.get("chunk_size"))
+
+    def call(
+        arrays: Inputs, state: Any, docs: Documents | None, *, chunk_size: int | None, options: Options, **how: Any
+    ) -> tuple[Array, Any]:
+        q, k, v, g = (arrays[name] for name in "qkvg")
+        S, index = state, None
+        if docs is not None:
+            k, g = neutral_at_padding(docs, k, g)
+            index = docs.index
+        if options["normalize"]:
+            S, v = jnp.concatenate([state.S, state.z[..., None]], axis=-1), _with_ones(v)
+        how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
+        o, S = importlib.import_module(name).linear_attention(q, k, v, g, S, index, **how)
+        if options["normalize"]:
+            o = o.astype(S.dtype)
+            o = (o[..., :-1] / (o[..., -1:] + EPSILON)).astype(v.dtype)
+            S = type(state)(S[..., :-1], S[..., -1])
+        return o if docs is None else jnp.where(docs.real[..., None, None], o, 0), S
+
+    return Kernel(platform, supports, call)
+
+
+def neutral_at_padding(docs: Documents, *arrays: Array | None) -> tuple[Array | None, ...]:
+    """The arrays [b, t, ...] with zeros at padding."""
+
+    def masked(x: Array | None) -> Array | None:
+        return None if x is None else jnp.where(docs.real.reshape(docs.real.shape + (1,) * (x.ndim - 2)), x, 0)
+
+    return tuple(masked(x) for x in arrays)
+
+
+def _with_ones(v: Array) -> Array:
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+
+
+KERNELS = {
+    "pallas_tpu": kernel("tpu", "pallas_kernels.tpu.linear_attention"),
+    "pallas_gpu": kernel("cuda", "pallas_kernels.gpu.linear_attention"),
+}

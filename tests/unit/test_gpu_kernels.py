@@ -1,0 +1,276 @@
+"""Kernels for Hopper GPUs: they are lowered and compiled without one, and compute in Pallas' interpreter or, where JAX
+sees one (JAX_PLATFORMS=cpu,cuda), on a GPU."""
+
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.gpu import _chunk, _walk, _walk_back
+from pallas_kernels.gpu import linear_attention as kernels
+from pallas_kernels.gpu.linear_attention import linear_attention, supports
+
+BFLOAT16 = float(jnp.finfo(jnp.bfloat16).eps)
+# Of the norm of the difference to that of the reference. Results, scores and states are rounded to bfloat16, each by a
+# third of an epsilon on average, and errors of single terms average out. dg adds up a span of differences of products
+# of such results, of which a part cancels: 2**2.
+TOLERANCE = {"o": BFLOAT16, "state": BFLOAT16, "q": BFLOAT16, "k": BFLOAT16, "v": BFLOAT16, "g": 4 * BFLOAT16}
+
+# What the compiler asks of an H100, which it would otherwise read off the device.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 minor: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Case(NamedTuple):
+    length: int
+    heads: int
+    value_heads: int
+    key_channels: int
+    value_channels: int
+    decay: str | None = "steps"  # "steps": [b, t, hv], "heads": [hv]
+    documents: bool = False
+    segments: bool = False  # as many as there can be, rather than for the chip
+
+    def shapes(self) -> tuple:
+        """Of q, k, v, g, the state and the documents' numbers."""
+        batch = 2
+        gate = {"steps": (batch, self.length, self.value_heads), "heads": (self.value_heads,), None: None}[self.decay]
+        of = jax.ShapeDtypeStruct
+        key = of((batch, self.length, self.heads, self.key_channels), jnp.bfloat16)
+        return (
+            key,
+            key,
+            of((batch, self.length, self.value_heads, self.value_channels), jnp.bfloat16),
+            None if gate is None else of(gate, jnp.float32),
+            of((batch, self.value_heads, self.key_channels, self.value_channels), jnp.float32),
+            of((batch, self.length), jnp.int32) if self.documents else None,
+        )
+
+    def arrays(self) -> tuple:
+        random = np.random.default_rng(0)
+        *shapes, index = self.shapes()
+        q, k, v, g, state = (x if x is None else jnp.asarray(random.normal(size=x.shape), x.dtype) for x in shapes)
+        g = None if g is None else -jnp.abs(g) / 16
+        if index is not None:
+            # Rows start in the document of the state, and documents are shorter and longer than a chunk.
+            index = jnp.asarray(np.cumsum(random.random(index.shape) < 1 / 50, axis=1), jnp.int32)
+        return q, k, v, g, state, index
+
+
+def forward(q, k, v, g, state, index):
+    return linear_attention(q, k, v, g, state, index, scale=q.shape[-1] ** -0.5)
+
+
+def backward(*arrays):
+    """The gradients of everything that has one, with cotangents that are the results."""
+    *inputs, index = arrays
+    results, pullback = jax.vjp(lambda *inputs: forward(*inputs, index), *inputs)
+    return pullback(results)
+
+
+PROGRAMS = {"forward": forward, "backward": backward}
+SIZES = [
+    Case(1024, 2, 2, 64, 64),
+    Case(1024, 2, 4, 128, 128, documents=True),
+    Case(1000, 2, 2, 128, 64, decay="heads"),
+    Case(1024, 2, 2, 96, 96, decay=None),
+    Case(1024, 1, 1, 256, 256, documents=True),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_lowers_for_cuda(case, program):
+    lowered = jax.jit(PROGRAMS[program]).trace(*case.shapes()).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.skipif(
+    not any(find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")),
+    reason="compiling for a GPU needs JAX's CUDA plugin (pip install 'jax[cuda13]'), not the GPU",
+)
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_compiles_for_hopper(case):
+    """What needs too much shared memory, or a layout that the hardware does not have, fails here."""
+    target = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1")
+    everywhere = NamedSharding(topologies.make_mesh(target, (1,), ("one",)), PartitionSpec())
+
+    def placed(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+    jax.jit(backward).lower(*jax.tree.map(placed, case.shapes())).compile()
+
+
+def gpu() -> jax.Device | None:
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:
+        return None
+
+
+def wgmma_in_interpreter(multiply):
+    """The interpreter takes a left operand from shared memory only: one in registers is put there."""
+
+    def wgmma(accumulator, left, right):
+        if not isinstance(left, jax.Array):
+            return multiply(accumulator, left, right)
+
+        def with_space(space):
+            space = space.at[lax.axis_index("warpgroup")]
+            space[...] = left
+            plgpu.commit_smem()
+            multiply(accumulator, space, right)
+
+        space = plgpu.SMEM((2, *left.shape), left.dtype)
+        return pl.run_scoped(with_space, space, collective_axes="warpgroup")
+
+    return wgmma
+
+
+@contextmanager
+def on_gpu_or_interpreted():
+    """Places arrays on the GPU if there is one. The interpreter also looks for races between warpgroups and copies."""
+    if device := gpu():
+        with jax.default_device(device):
+            yield
+        return
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip(f"no GPU, and jax {jax.__version__} has no interpreter for GPU kernels: it came with jax 0.11")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plgpu, "wgmma", wgmma_in_interpreter(plgpu.wgmma))
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+
+
+def definition(q, k, v, g, state, index, scale):
+    """The recurrence of the kernel's docstring, step by step, in the dtype of its arguments."""
+    group = v.shape[2] // q.shape[2]
+    q, k = (jnp.repeat(x, group, axis=2) for x in (q, k))
+    g = jnp.broadcast_to(0 if g is None else g, v.shape[:3]).astype(v.dtype)
+    index = jnp.zeros(v.shape[:2], jnp.int32) if index is None else index
+    same = index == jnp.pad(index[:, :-1], ((0, 0), (1, 0)))
+
+    def step(state, x):
+        q, k, v, g, same = x
+        kept = jnp.where(same[:, None, None, None], jnp.exp(g)[..., None, None] * state, 0)
+        state = kept + k[..., :, None] * v[..., None, :]
+        return state, scale * jnp.einsum("bhk,bhkv->bhv", q, state)
+
+    state, o = lax.scan(step, state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (q, k, v, g, same)))
+    return jnp.swapaxes(o, 0, 1), state
+
+
+def results_and_gradients(function, arrays) -> dict:
+    *inputs, index = arrays
+    results, pullback = jax.vjp(lambda *inputs: function(*inputs, index), *inputs)
+    # Cotangents that do not depend on what is compared, in the dtypes of the results.
+    random = np.random.default_rng(1)
+    cotangents = tuple(
+        jnp.asarray(random.normal(size=x.shape), jnp.bfloat16 if n == 0 else jnp.float32).astype(x.dtype)
+        for n, x in enumerate(results)
+    )
+    names = ("o", "final state", "q", "k", "v", "g", "state")
+    return dict(zip(names, (*results, *pullback(cotangents))))
+
+
+def errors(case: Case, arrays: tuple | None = None) -> dict[str, float]:
+    """Of the kernel against the definition in float64; `arrays` are what the definition gets, by default the same."""
+    given = case.arrays()
+    with on_gpu_or_interpreted():
+        got = results_and_gradients(forward, given)
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        exact = [
+            x if x is None or x.dtype == jnp.int32 else jnp.asarray(np.asarray(x, np.float64))
+            for x in (given if arrays is None else arrays)
+        ]
+        scale = case.key_channels**-0.5
+        expected = results_and_gradients(lambda *x: definition(*x, scale), exact)
+        expected = {name: x if x is None else np.asarray(x, np.float64) for name, x in expected.items()}
+    return {
+        name: np.linalg.norm(np.asarray(got[name], np.float64) - x) / np.linalg.norm(x)
+        for name, x in expected.items()
+        if x is not None
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(300, 1, 2, 64, 64, documents=True, segments=True),
+        Case(200, 1, 1, 128, 128, documents=True),
+        Case(130, 1, 1, 128, 64, decay="heads"),
+        Case(64, 1, 1, 40, 96, decay=None),
+    ],
+    ids=str,
+)
+def test_agrees_with_the_definition(case, monkeypatch):
+    # A short sequence has as many spans as a long one.
+    for module in (kernels, _walk, _walk_back):
+        monkeypatch.setattr(module, "SPAN", 2 * _chunk.CHUNK)
+    if case.segments:
+        monkeypatch.setattr(kernels, "FEW_BLOCKS", 1000)
+        monkeypatch.setattr(_chunk, "SHORTEST_SEGMENT", 1)
+    for name, error in errors(case).items():
+        assert error < TOLERANCE[name.removeprefix("final ")], name
+
+
+def test_the_comparison_sees_a_small_change():
+    case = Case(64, 1, 1, 64, 64)
+    q, k, v, g, state, index = case.arrays()
+    found = errors(case, (q, k, v, g * 1.25, state, index))
+    assert all(found[name] > TOLERANCE[name] for name in ("o", "q", "k", "v", "g"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"g": None}, None),
+        ({"v": jax.ShapeDtypeStruct((2, 100, 4, 64), jnp.float32)}, "bfloat16"),
+        ({"g": jax.ShapeDtypeStruct((2, 100, 4, 64), jnp.float32)}, "per channel"),
+        ({"v": jax.ShapeDtypeStruct((2, 100, 3, 64), jnp.bfloat16)}, "multiple"),
+        ({"v": jax.ShapeDtypeStruct((2, 100, 4, 320), jnp.bfloat16)}, "at most 256"),
+        ({"v": jax.ShapeDtypeStruct((2, 0, 4, 64), jnp.bfloat16)}, "empty"),
+        ({"chunk_size": 128}, "chunks of 128"),
+    ],
+)
+def test_says_what_it_does_not_support(change, reason):
+    q, k, v, g, state, _ = Case(100, 2, 4, 64, 64).shapes()
+    arguments = {"q": q, "k": k, "v": v, "g": g} | change
+    said = supports(**arguments)
+    assert (said is None) if reason is None else (reason in said)
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason):
+            linear_attention(**arguments, initial_state=state, index=None, scale=1.0)
+
+
+def test_second_derivatives_are_refused():
+    q, k, v, g, state, index = Case(64, 1, 1, 64, 64).arrays()
+
+    def slope(q):
+        return jax.grad(lambda q: forward(q, k, v, g, state, index)[0].astype(jnp.float32).sum())(q).sum()
+
+    with pytest.raises(NotImplementedError, match="once"):
+        jax.jit(jax.grad(slope)).trace(q)
