@@ -1,8 +1,13 @@
 """How large a kernel's steps are on each generation of TPU, from what its compiler says of them.
 
-The table was made with `python -m seqmodels.tools.kernel_report --sweep`; its figures are in docs/kernels.md.
+The table was chosen from what this prints; figures of what was chosen are in docs/kernels.md:
+
+    python -m seqmodels.tools.kernel_report --cases linear_attention --lengths 8192 --sizes 128:512 128:1024 256:512 \
+        256:1024 256:2048 512:2048
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -36,10 +41,22 @@ UNKNOWN = SIZES["TPU v4"]
 
 def sizes() -> Sizes:
     """For the devices of the mesh in context, or else for those of this process."""
-    return SIZES.get(device_kind(), UNKNOWN)
+    return SIZES.get(_device_kind(), UNKNOWN)
 
 
-def device_kind() -> str | None:
+@contextlib.contextmanager
+def trying(chunk: int, step_bytes: int) -> Iterator[None]:
+    """Within, these instead of those of the table."""
+    kind = _device_kind()
+    old = SIZES[kind]
+    SIZES[kind] = old._replace(chunk=chunk, step_bytes=step_bytes)
+    try:
+        yield
+    finally:
+        SIZES[kind] = old
+
+
+def _device_kind() -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)
     if device is not None:

@@ -646,6 +646,7 @@ def test_a_function_that_is_not_compiled_ends_with_an_error(here, monkeypatch):
         (["--arguments", "f32[8]"], "--arguments and --set are those of a --function"),
         (["--function", "a:b", "--arguments", "f32[8]", "--cases", "aaren"], "--cases is for our operators"),
         (["--function", "a:b", "--arguments", "f32[8]", "--set", "block"], "--set 'block': expected NAME=VALUE"),
+        (["--sizes", "128"], "--sizes has '128'; expected positions and KiB, as 128:1024"),
         (["--plot", "kernels.jpg"], "expected one of .png, .svg, .pdf"),
         (["--json", "/dev/null/kernels.json"], "cannot be written"),
     ],
@@ -672,6 +673,18 @@ def test_wrong_functions(place, shapes, keywords, message):
     with pytest.raises(InputError) as error:
         FunctionRequest(place, shapes, keywords).build()
     assert message in str(error.value)
+
+
+@needs_tpu_compiler
+def test_sizes_are_tried(here):
+    ended = here(
+        kernel_report.main, "--cases", "linear_attention, no decay", "--lengths", "512", "--tokens", "1024", "--heads", "2",
+        "--generations", "v5e", "--directions", "forward", "--sizes", "128:64", "256:256",
+    )  # fmt: skip
+    assert ended.code == EXIT_DONE, ended.err
+    assert "chunks of 128 in steps of 64 KiB" in ended.out and "chunks of 256 in steps of 256 KiB" in ended.out
+    steps = [line.split()[-9] for line in ended.out.splitlines() if "linear_attention_forward" in line]
+    assert len(set(steps)) == 2, ended.out
 
 
 def test_without_the_compiler(here, monkeypatch):

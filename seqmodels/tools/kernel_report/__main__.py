@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import itertools
 import json
 import shlex
 import signal
@@ -15,7 +16,7 @@ from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, InputError, nearest, run_ma
 from seqmodels.tools._documents import check_writable, put_section
 from seqmodels.tools.compile_check.chips import CHIPS
 from seqmodels.tools.kernel_report import report
-from seqmodels.tools.kernel_report.cases import CASES, DIRECTIONS, KERNEL, XLA, Request, Size, size
+from seqmodels.tools.kernel_report.cases import CASES, DIRECTIONS, KERNEL, XLA, Request, size
 from seqmodels.tools.kernel_report.figures import TIMING
 from seqmodels.tools.kernel_report.processes import compile_all
 from seqmodels.tools.kernel_report.programs import FunctionRequest
@@ -90,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     cases.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 65536], metavar="T", help="of a sequence")
     cases.add_argument("--heads", type=int, default=16, metavar="H", help="at most so many (default: %(default)s)")
     cases.add_argument("--channels", type=int, default=128, metavar="K", help="of keys, values (default: %(default)s)")
+    cases.add_argument(
+        "--sizes",
+        **{**some, "metavar": "CHUNK:KIB"},
+        help="try kernels with chunks of so many positions and steps that"
+        " read so much of an operand, instead of what is chosen for the generation",
+    )
     cases.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables into a section of this file")
     cases.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture (.png, .svg, .pdf)")
 
@@ -114,7 +121,7 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--function needs --arguments, the shapes of its arrays, as 'bf16[1,8192,2048] f32[16]'")
     if options.function is None and (options.arguments or options.set):
         raise InputError("--arguments and --set are those of a --function; expected one")
-    for name in ("cases", "markdown", "plot"):
+    for name in ("cases", "sizes", "markdown", "plot"):
         if options.function and getattr(options, name):
             raise InputError(f"--{name} is for our operators; expected it without --function")
     for each in options.set:
@@ -146,7 +153,13 @@ def _report_cases(options: argparse.Namespace, argv: list[str]) -> int:
 
     directions = options.directions or DIRECTIONS
     sizes = [size(options.tokens, length, options.heads, options.channels) for length in options.lengths]
-    wanted = [(case, each, x) for case in _chosen_cases(options.cases) for each in sizes for x in directions]
+    tried = [_sizes(each) for each in options.sizes or []] or [None]
+    if options.sizes:
+        options.kernels_only = True
+    wanted = [
+        Request(case, direction, KERNEL, shape, sizes=each)
+        for case, shape, direction, each in itertools.product(_chosen_cases(options.cases), sizes, directions, tried)
+    ]
     conditions, rows = environment(), []
     total = len(options.generations) * len(wanted) * (1 if options.kernels_only else 2)
     with tqdm(total=total, unit="program", file=sys.stderr) as progress:
@@ -167,6 +180,13 @@ def _report_cases(options: argparse.Namespace, argv: list[str]) -> int:
     return EXIT_DEFECT if failed else EXIT_DONE
 
 
+def _sizes(text: str) -> tuple[int, int]:
+    chunk, _, kib = text.partition(":")
+    if not (chunk.isdecimal() and kib.isdecimal() and int(chunk) and int(kib)):
+        raise InputError(f"--sizes has {text!r}; expected positions and KiB, as 128:1024")
+    return int(chunk), int(kib)
+
+
 def _chosen_cases(chosen: Sequence[str] | None) -> list[str]:
     """By their names, or by those of operators, which stand for all of an operator's."""
     operators = {case.partition(",")[0] for case in CASES}
@@ -176,16 +196,14 @@ def _chosen_cases(chosen: Sequence[str] | None) -> list[str]:
     return [case for case in CASES if not chosen or case in chosen or case.partition(",")[0] in chosen]
 
 
-def _rows(
-    generation: str, wanted: Sequence[tuple[str, Size, str]], options: argparse.Namespace, progress: tqdm
-) -> list[report.Row]:
+def _rows(generation: str, wanted: Sequence[Request], options: argparse.Namespace, progress: tqdm) -> list[report.Row]:
     """Of one generation. First the kernels of all, which the simulator may follow, then what XLA makes of them, which
     it would take hours for."""
     results: dict[str, list] = {}
     for backend in [KERNEL] if options.kernels_only else [KERNEL, XLA]:
-        requests = [Request(case, direction, backend, each) for case, each, direction in wanted]
+        requests = [request._replace(backend=backend) for request in wanted]
         simulate = options.simulate and backend == KERNEL and TIMING[generation].simulator
-        titles = [f"{x.case}, {x.size.length:,} tokens, {x.direction}, {backend}" for x in requests]
+        titles = [f"{x.name}, {x.size.length:,} tokens, {x.direction}, {backend}" for x in requests]
         progress.set_postfix_str(f"{generation} {titles[0]}")
         found = results[backend] = []
         compiled = compile_all(generation, requests, simulate=simulate)
@@ -197,8 +215,8 @@ def _rows(
                 tqdm.write(report.program_text(generation, title, result, most=0), file=sys.stderr)
     xla = results.get(XLA, [None] * len(wanted))
     return [
-        report.Row(case, direction, each.length, generation, *both)
-        for (case, each, direction), *both in zip(wanted, results[KERNEL], xla)
+        report.Row(request.name, request.direction, request.size.length, generation, *both)
+        for request, *both in zip(wanted, results[KERNEL], xla)
     ]
 
 

@@ -7,6 +7,7 @@ model reshapes between the two, which then costs nothing, while arguments of fou
 channels of keys and values. Work on elements, cumulative sums and triangular inverses are not in it.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tpu._generations import trying
 from seqmodels.errors import InputError
 from seqmodels.notation import Array
 from seqmodels.tools.kernel_report.programs import DTYPES, Built, backward
@@ -62,13 +64,30 @@ class Case(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One program of a case, for a worker. dtype: of what projections give; gates and weights are float32."""
+    """One program of a case, for a worker.
+
+    dtype: of what projections give; gates and weights are float32. sizes: positions of a kernel's chunk and KiB of an
+    operand that a step reads, to try in place of what is chosen for the generation.
+    """
 
     case: str
     direction: str
     backend: str
     size: Size
     dtype: str = "bf16"
+    sizes: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The case, with the sizes that are tried."""
+        tried = "" if self.sizes is None else f", chunks of {self.sizes[0]} in steps of {self.sizes[1]:,} KiB"
+        return self.case + tried
+
+    def trying(self) -> contextlib.AbstractContextManager:
+        """Within, `build` and what traces its program take these sizes."""
+        if self.sizes is None:
+            return contextlib.nullcontext()
+        return trying(self.sizes[0], self.sizes[1] << 10)
 
     def build(self) -> Built:
         case = CASES[self.case]

@@ -72,7 +72,7 @@ def _compile(request: Any, where: Any, device: Any, folder: Path) -> dict:
     try:
         # A mesh of one device: a kernel asks it which generation it is for.
         mesh = jax.sharding.Mesh([where], ("device",))
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), request.trying():
             built = request.build()
             sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in built.arguments]
