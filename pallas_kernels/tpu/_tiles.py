@@ -66,7 +66,7 @@ def _iota(size: int, axis: int) -> jax.Array:
 
 def sums_to(g: jax.Array, ones: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cumulative sums of g [h, c] along the chunk: as rows [h, c] and as columns [c, h]. ones: `triangle`."""
-    parts = _parts(g)
+    parts = in_parts(g)
     rows, columns = product_nt(parts, ones), product_nt(ones, parts)
     h = g.shape[0]
     return rows[:h] + rows[h : 2 * h] + rows[2 * h :], columns[:, :h] + columns[:, h : 2 * h] + columns[:, 2 * h :]
@@ -74,11 +74,11 @@ def sums_to(g: jax.Array, ones: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def sums_from(x: jax.Array, ones: jax.Array) -> jax.Array:
     """[h, c]: the sum of x from each position to the chunk's end."""
-    sums, h = product(_parts(x), ones), x.shape[0]
+    sums, h = product(in_parts(x), ones), x.shape[0]
     return sums[:h] + sums[h : 2 * h] + sums[2 * h :]
 
 
-def _parts(x: jax.Array) -> jax.Array:
+def in_parts(x: jax.Array) -> jax.Array:
     """[3 h, c] of bfloat16 whose sum over the three is x exactly: its products with ones lose nothing in one pass."""
     high = x.astype(jnp.bfloat16).astype(jnp.float32)
     middle = (x - high).astype(jnp.bfloat16).astype(jnp.float32)
@@ -210,22 +210,22 @@ def grid(q_shape: tuple[int, ...], v_shape: tuple[int, ...], itemsize: int, size
         dim if dim % 64 == 0 and dim < LANES else round_up(dim, LANES)
         for dim in (round_up(key_dim, 64), round_up(value_dim, 64))
     )
-    step_heads = _step_heads(rows, key_heads, heads, key_dim, value_dim)
-    if step_heads is None:
+    found = step_heads(rows, key_heads, heads, key_dim, value_dim)
+    if found is None:
         # Halves of the lanes of a register do not divide among the steps: a head takes all of them.
         key_dim, value_dim = round_up(key_dim, LANES), round_up(value_dim, LANES)
-        step_heads = _step_heads(rows, key_heads, heads, key_dim, value_dim)
+        found = step_heads(rows, key_heads, heads, key_dim, value_dim)
     unit = chunk * max(key_dim, value_dim) * itemsize
     units = max(1, min(MOST_UNITS * LANES // chunk, sizes.step_bytes // unit))
-    while step_heads > units:
-        step_heads = _step_heads(rows, key_heads, heads, key_dim, value_dim, step_heads - 1)
+    if found > units:
+        found = step_heads(rows, key_heads, heads, key_dim, value_dim, units) or found
     chunks = -(-length // chunk)
-    blocks = -(-chunks // max(1, units // step_heads))
+    blocks = -(-chunks // max(1, units // found))
     block = chunk * -(-chunks // blocks)
-    return Grid(rows, blocks * block, key_heads, heads, key_dim, value_dim, chunk, block, step_heads, sizes.memory)
+    return Grid(rows, blocks * block, key_heads, heads, key_dim, value_dim, chunk, block, found, sizes.memory)
 
 
-def _step_heads(
+def step_heads(
     rows: int, key_heads: int, heads: int, key_dim: int, value_dim: int, most: int = MOST_HEADS
 ) -> int | None:
     """The most value heads for a step, of those that divide evenly and fill lanes; two steps for two cores."""
@@ -286,7 +286,7 @@ class Specs:
     def __init__(self, plan: Grid, backwards: bool = False) -> None:
         self.plan, self.backwards = plan, backwards
 
-    def _at(self, t: jax.Array) -> jax.Array:
+    def block_at(self, t: jax.Array) -> jax.Array:
         return self.plan.blocks - 1 - t if self.backwards else t
 
     def keys(self) -> pl.BlockSpec:
@@ -294,32 +294,32 @@ class Specs:
         plan = self.plan
         shape = (1, plan.block, plan.step_keys * plan.key_dim)
         # Not //, whose lowering asks which TPU this process has.
-        return pl.BlockSpec(shape, lambda b, h, t: (b, self._at(t), jax.lax.div(h, jnp.int32(plan.shares))))
+        return pl.BlockSpec(shape, lambda b, h, t: (b, self.block_at(t), jax.lax.div(h, jnp.int32(plan.shares))))
 
     def key_gradients(self) -> pl.BlockSpec:
         """Of [b, t, h * shares * k]."""
         plan = self.plan
         shape = (1, plan.block, plan.step_keys * plan.key_dim)
-        return pl.BlockSpec(shape, lambda b, h, t: (b, self._at(t), h))
+        return pl.BlockSpec(shape, lambda b, h, t: (b, self.block_at(t), h))
 
     def values(self) -> pl.BlockSpec:
         """Of [b, t, hv * v]."""
         shape = (1, self.plan.block, self.plan.step_heads * self.plan.value_dim)
-        return pl.BlockSpec(shape, lambda b, h, t: (b, self._at(t), h))
+        return pl.BlockSpec(shape, lambda b, h, t: (b, self.block_at(t), h))
 
     def decay(self) -> pl.BlockSpec:
         """Of [b, blocks of heads, heads of a step, t]."""
         shape = (1, 1, self.plan.step_heads, self.plan.block)
-        return pl.BlockSpec(shape, lambda b, h, t: (b, h, 0, self._at(t)))
+        return pl.BlockSpec(shape, lambda b, h, t: (b, h, 0, self.block_at(t)))
 
     def key_decay(self) -> pl.BlockSpec:
         """Of [b, t, hv * k]."""
         shape = (1, self.plan.block, self.plan.step_heads * self.plan.key_dim)
-        return pl.BlockSpec(shape, lambda b, h, t: (b, self._at(t), h))
+        return pl.BlockSpec(shape, lambda b, h, t: (b, self.block_at(t), h))
 
     def index(self) -> pl.BlockSpec:
         """Of [b, 1, t]."""
-        return pl.BlockSpec((1, 1, self.plan.block), lambda b, h, t: (b, 0, self._at(t)))
+        return pl.BlockSpec((1, 1, self.plan.block), lambda b, h, t: (b, 0, self.block_at(t)))
 
     def state(self, *shape: int) -> pl.BlockSpec:
         """Of [b, hv, *shape]."""
@@ -329,7 +329,7 @@ class Specs:
     def entered(self, *shape: int) -> pl.BlockSpec:
         """Of [b, blocks, hv, *shape]: the states that entered each step."""
         zeros = (0,) * len(shape)
-        return pl.BlockSpec((1, 1, self.plan.step_heads, *shape), lambda b, h, t: (b, self._at(t), h, *zeros))
+        return pl.BlockSpec((1, 1, self.plan.step_heads, *shape), lambda b, h, t: (b, self.block_at(t), h, *zeros))
 
 
 def run(

@@ -24,8 +24,8 @@ the chunks from it by (4). With N = scale dO, dO and dS' the cotangents of O and
     dg_t = sum_{i >= t} (q_i dq_i - k_i dk^A_i) + sum_{j < t} k_j dk^S_j + exp(b_C) <dS', S>                     (10)
 
 where dk^A and dk^S are the two terms of (7). Every exponent is <= 0 where it is used. Documents are masks on (2) to
-(4). (10) sums what crosses position t; sum_{i >= t} (q_i dq_i - k_i dk_i) + <dS', S'> is shorter and the same, but takes
-away what lies behind t from much larger sums, whose products were rounded in different places.
+(4). (10) sums what crosses position t; sum_{i >= t} (q_i dq_i - k_i dk_i) + <dS', S'> is shorter and the same, but it
+takes away what lies behind t from much larger sums, whose products were rounded in different places.
 
     code     symbol   shape          dtype
     q, k     q, k     [b, t, h, k]   bfloat16 or float32
@@ -52,9 +52,7 @@ NAME = "linear_attention on TPU"
 WIDEST = 256
 
 
-def supports(
-    q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array | None, *, chunk_size: int | None = None
-) -> str | None:
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array | None) -> str | None:
     """Why the kernel cannot compute this, or None."""
     dtypes = {x.dtype for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= _tiles.DTYPES:

@@ -115,7 +115,7 @@ def _run_here(
     implementation = functools.partial(op.forms[form], chunk_size=chunk_size, options=options)
     if form != "chunked" or backend == "xla" or not op.kernels:
         return implementation(arrays, state, docs)
-    asked = {**options, "chunk_size": chunk_size}
+    asked = {**options, "chunk_size": chunk_size, "documents": docs is not None}
     if backend != "auto":
         reason = op.kernels[backend].supports(arrays, asked)
         if reason:

@@ -4,6 +4,8 @@ The normaliser is one more value channel, of ones: its state is z, and what a qu
 """
 
 import importlib
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,18 +17,29 @@ from seqmodels.ops._op import Inputs, Kernel, Options
 from seqmodels.ops._scan import Documents
 
 
-def kernel(platform: str, name: str) -> Kernel:
-    """Of the module of that name, which has the functions of `pallas_kernels.tpu.linear_attention`.
+def kernel(platform: str, name: str, by_channel: str | None = None) -> Kernel:
+    """Of the modules of these names, which have the functions of `pallas_kernels.tpu.linear_attention`.
 
-    It is imported when it is first asked: a program that names "xla" need not load Pallas.
+    They are imported when they are first asked: a program that names "xla" need not load Pallas. by_channel: the one
+    for decay per channel, whose function is `channel_decay`.
     """
+
+    def module_and_function(g: Array | None) -> tuple[ModuleType, Callable]:
+        if by_channel is not None and g is not None and g.ndim == 4:
+            module = importlib.import_module(by_channel)
+            return module, module.channel_decay
+        module = importlib.import_module(name)
+        return module, module.linear_attention
 
     def supports(arrays: Inputs, options: Options) -> str | None:
         if _mesh.is_spread():
             return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
         q, k, v, g = (arrays[name] for name in "qkvg")
         v = _with_ones(v) if options["normalize"] else v
-        return importlib.import_module(name).supports(q, k, v, g, chunk_size=options.get("chunk_size"))
+        module, _ = module_and_function(g)
+        # On a GPU the size of a chunk is a part of the kernel.
+        size = {"chunk_size": options["chunk_size"]} if platform == "cuda" else {}
+        return module.supports(q, k, v, g, **size)
 
     def call(
         arrays: Inputs, state: Any, docs: Documents | None, *, chunk_size: int | None, options: Options, **how: Any
@@ -39,7 +52,8 @@ def kernel(platform: str, name: str) -> Kernel:
         if options["normalize"]:
             S, v = jnp.concatenate([state.S, state.z[..., None]], axis=-1), _with_ones(v)
         how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
-        o, S = importlib.import_module(name).linear_attention(q, k, v, g, S, index, **how)
+        _, function = module_and_function(g)
+        o, S = function(q, k, v, g, S, index, **how)
         if options["normalize"]:
             o = o.astype(S.dtype)
             o = (o[..., :-1] / (o[..., -1:] + EPSILON)).astype(v.dtype)
@@ -63,6 +77,6 @@ def _with_ones(v: Array) -> Array:
 
 
 KERNELS = {
-    "pallas_tpu": kernel("tpu", "pallas_kernels.tpu.linear_attention"),
+    "pallas_tpu": kernel("tpu", "pallas_kernels.tpu.linear_attention", "pallas_kernels.tpu.channel_decay"),
     "pallas_gpu": kernel("cuda", "pallas_kernels.gpu.linear_attention"),
 }

@@ -33,7 +33,7 @@ class Example(NamedTuple):
 class Kernel:
     """A hand-written kernel: `call` has the signature of a form; `supports` (arrays, options) returns why not, or None.
 
-    The options of `supports` have "chunk_size" too.
+    The options of `supports` have "chunk_size" and "documents", whether there are any, too.
 
     platform: what the kernel is lowered for, in the vocabulary of `jax.lax.platform_dependent` ("tpu", "cuda").
     """

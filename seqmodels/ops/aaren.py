@@ -24,7 +24,7 @@ associative operation, so a prefix scan gives every o_t; the parallel form is th
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,9 @@ from jaxtyping import Float
 
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, Keys, SegmentIds, Values
-from seqmodels.ops import _dispatch, _scan
+from seqmodels.ops import _dispatch, _mesh, _scan
 from seqmodels.ops._aaren_chunked import AarenState, chunked
-from seqmodels.ops._op import Example, Inputs, Options, SeqOp
+from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
 
@@ -119,6 +119,26 @@ def _chunked(
     arrays: Inputs, state: AarenState, docs: Documents | None, chunk_size: int | None, options: Options
 ) -> tuple[Array, AarenState]:
     return chunked(_scores(arrays, options), arrays["v"], state, docs, chunk_size=chunk_size)
+
+
+def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
+    if _mesh.is_spread():
+        return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
+    # Here, so that a program without kernels need not load Pallas.
+    from pallas_kernels.tpu import aaren as kernel
+
+    return kernel.supports(arrays["k"], arrays["v"])
+
+
+def _kernel(
+    arrays: Inputs, state: AarenState, docs: Documents | None, *, chunk_size: int | None, options: Options, **how: Any
+) -> tuple[Array, AarenState]:
+    from pallas_kernels.tpu import aaren as kernel
+
+    index, real = (None, None) if docs is None else (docs.index, docs.real)
+    how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
+    o, state = kernel.aaren(arrays["k"], arrays["v"], arrays["query"], *state, index, real, **how)
+    return o if docs is None else jnp.where(docs.real[..., None, None], o, 0), AarenState(*state)
 
 
 def _whole(
@@ -229,6 +249,7 @@ AAREN = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked, "parallel": _parallel},
+    kernels={"pallas_tpu": Kernel("tpu", _kernel_supports, _kernel)},
     summarize=_summarize,
     combine=_combine,
     apply=_apply,

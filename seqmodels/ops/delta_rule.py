@@ -20,7 +20,7 @@ then returns exactly v_t for k_t, whatever it held; the memory is stable while b
     S       S        [b, hv, k, v]    float32
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,11 @@ from seqmodels.notation import (
     Values,
     WriteStrength,
 )
-from seqmodels.ops import _dispatch, _scan
+from seqmodels.ops import _dispatch, _mesh, _scan
 from seqmodels.ops._arguments import check_log_decay, check_qkv
 from seqmodels.ops._delta_rule_chunked import chunked
-from seqmodels.ops._op import Example, Inputs, Options, SeqOp
+from seqmodels.ops._linear_attention_kernels import neutral_at_padding
+from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
 
@@ -127,6 +128,30 @@ def _chunked(
     return chunked(*inputs, S, docs, scale=options["scale"], chunk_size=chunk_size)
 
 
+def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
+    if _mesh.is_spread():
+        return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
+    # Here, so that a program without kernels need not load Pallas.
+    from pallas_kernels.tpu import delta_rule as kernel
+
+    return kernel.supports(*(arrays[name] for name in ("q", "k", "v", "beta", "g")))
+
+
+def _kernel(
+    arrays: Inputs, S: MatrixState, docs: Documents | None, *, chunk_size: int | None, options: Options, **how: Any
+) -> tuple[Array, MatrixState]:
+    from pallas_kernels.tpu import delta_rule as kernel
+
+    q, k, v, beta, g = (arrays[name] for name in ("q", "k", "v", "beta", "g"))
+    index = None
+    if docs is not None:
+        k, g = neutral_at_padding(docs, k, g)
+        index = docs.index
+    how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
+    o, S = kernel.delta_rule(q, k, v, beta, g, S, index, **how)
+    return o if docs is None else jnp.where(docs.real[..., None, None], o, 0), S
+
+
 class DeltaSummary(NamedTuple):
     """What a span does to a state: multiply it by `through` [b, hv, k, k] from the left, then add `written`."""
 
@@ -182,6 +207,7 @@ DELTA_RULE = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked},
+    kernels={"pallas_tpu": Kernel("tpu", _kernel_supports, _kernel)},
     summarize=_summarize,
     combine=_combine,
     apply=_apply,

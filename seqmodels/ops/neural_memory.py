@@ -34,7 +34,7 @@ diverges if and only if the largest eigenvalue of sum_j 2 theta_j k_j^T k_j over
 thetas that sum up to 1 are safe.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,11 @@ from jaxtyping import Float, Int
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
-from seqmodels.ops import _dispatch, _scan, _tiles
+from seqmodels.ops import _dispatch, _mesh, _scan, _tiles
 from seqmodels.ops._arguments import check_values
 from seqmodels.ops._memory_network import ACTIVATIONS, Linear, Norm, Weights, loss, read
 from seqmodels.ops._neural_memory_chunked import Memory, MiniBatch, in_order, in_tiles
-from seqmodels.ops._op import Example, Inputs, Options, SeqOp
+from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
 Gate = Float[Array, "b t h"]
@@ -292,6 +292,54 @@ def _chunked(
     return by_tiles() if tiles.fit is None else jax.lax.cond(tiles.fit, by_tiles, by_tokens)
 
 
+def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
+    if _mesh.is_spread():
+        return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
+    if len(arrays["weights"]) != 1 or arrays["weights"][0].c is not None:
+        return "the memory has several layers, or a bias; expected one matrix"
+    if arrays["norm"] is not None or options["residual"] or arrays["reach"] is not None:
+        return "there is a norm, a residual or reach; expected none of them"
+    if options["documents"]:
+        return "segment_ids came in; expected rows of one document"
+    if not options["fresh"]:
+        return "a state came in, which may be inside a mini-batch; expected none"
+    # Here, so that a program without kernels need not load Pallas.
+    from pallas_kernels.tpu import neural_memory as kernel
+
+    return kernel.supports(*(arrays[name] for name in "qkv"), options["mini_batch"])
+
+
+def _kernel(
+    arrays: Inputs,
+    state: NeuralMemoryState,
+    docs: Documents | None,
+    *,
+    chunk_size: int | None,
+    options: Options,
+    **how: Any,
+) -> tuple[Array, NeuralMemoryState]:
+    """Whole mini-batches by the kernel, what is left after them in order."""
+    from pallas_kernels.tpu import neural_memory as kernel
+
+    size, length = options["mini_batch"], arrays["q"].shape[1]
+    whole = length // size * size
+    inputs = MiniBatch(*(arrays[name] for name in MiniBatch._fields))
+    W, S, _, place = state
+    outputs = []
+    if whole:
+        *gated, _ = jax.tree.map(lambda x: x[:, :whole], inputs)
+        how = {"mini_batch": size, "loss_scale": options["loss_scale"], "chunk_size": chunk_size, **how}
+        o, A, momentum = kernel.neural_memory(*gated, W[0].A, None if S is None else S[0].A, **how)
+        W, S = (Linear(A),), None if S is None else (Linear(momentum),)
+        outputs.append(o)
+    memory = Memory(W, S, W)
+    if whole < length:
+        rest = jax.tree.map(lambda x: x[:, whole:], inputs)
+        o, memory = in_order(rest, memory, None, options, 1)
+        outputs.append(o)
+    return jnp.concatenate(outputs, axis=1), NeuralMemoryState(*memory, place + length % size)
+
+
 def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
     keys = iter(jax.random.split(key, 24))
     heads, dim, hidden = 2, 8, 6
@@ -337,6 +385,7 @@ NEURAL_MEMORY = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked},
+    kernels={"pallas_tpu": Kernel("tpu", _kernel_supports, _kernel)},
     summary_kind="relay",
     head_axes={**dict.fromkeys(TIME_ARGS, 2), "weights": 0, "momentum": 0, "norm": 0},
     examples=_examples,

@@ -60,25 +60,29 @@ class KernelCase(OpCase):
     def reason(self, dtype: np.dtype = FLOAT32) -> str | None:
         """Why the kernel declines the example."""
         arrays, options = self.dispatched(self.arrays(dtype, 4, seed=0))
-        return self.op.kernels[KERNEL].supports(arrays, {**options, "chunk_size": None})
+        return self.op.kernels[KERNEL].supports(arrays, {**options, "chunk_size": None, "documents": True})
 
 
 def with_kernels() -> list[SeqOp]:
     return [op for op in registry.ops().values() if KERNEL in op.kernels and op.name not in LIBRARIES]
 
 
+def supported(op: SeqOp) -> list[KernelCase]:
+    """The operator's examples that its kernel takes, the richest ordinary one first."""
+    cases = [KernelCase(op, example) for example in reversed(op.examples(jax.random.key(0), 1, 2))]
+    return sorted((case for case in cases if case.reason() is None), key=lambda case: case.is_extreme)
+
+
+# The kernel of neural_memory takes none of its operator's examples: it has tests in tests/unit/test_neural_memory.py.
+each_operator = pytest.mark.parametrize("op", [op for op in with_kernels() if supported(op)], ids=lambda op: op.name)
+
+
 def cases() -> list:
-    """Those that a kernel supports; of each operator an ordinary one and the extreme ones in a plain run."""
+    """All of them; of each operator the richest and the extreme ones in a plain run."""
     found = []
     for op in with_kernels():
-        supported = []
-        for example in op.examples(jax.random.key(0), 1, 2):
-            case = KernelCase(op, example)
-            if case.reason() is None:
-                supported.append(case)
-        ordinary = [case for case in supported if not case.is_extreme]
-        for case in supported:
-            marks = [] if case is ordinary[-1] or case.is_extreme else [pytest.mark.slow]
+        for n, case in enumerate(supported(op)):
+            marks = [pytest.mark.slow] if n and not case.is_extreme else []
             found.append(pytest.param(case, marks=marks, id=str(case)))
     return found
 
@@ -115,11 +119,10 @@ def test_equals_the_recurrent_form(case):
             assert_close(getattr(found, part), getattr(expected, part), tolerance, f"{case}, {layout}, {part}: ")
 
 
-@pytest.mark.parametrize("case", [pytest.param(x.values[0], id=x.id) for x in cases() if not x.marks])
-def test_low_precision(case):
+@each_operator
+def test_low_precision(op):
     """The errors of bfloat16 are those of the recurrent form, or a small multiple."""
-    if case.is_extreme:
-        pytest.skip("extreme examples are held to agreement and finiteness, not to accuracy")
+    case = supported(op)[0]
     span, random = case.span(BFLOAT16, LENGTH), random_weights(LENGTH)
     by_step, by_kernel = (case.outcome(variant, span, *random) for variant in (RECURRENT, OnTpu()))
     with case.precisely():
@@ -138,13 +141,13 @@ def _errors(by_step: Outcome, by_kernel: Outcome, truth: Outcome):
         yield jax.tree_util.keystr(path), *(np.abs(x - want).max() / scale for x in found)
 
 
-@pytest.mark.parametrize("op", with_kernels(), ids=lambda op: op.name)
+@each_operator
 def test_as_a_tpu_would_run_it(op):
     """Copies and steps of the grid in any order that a TPU may take; memory that nobody wrote is NaN."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
     interpreter.reset_tpu_interpret_mode_state()
-    example = next(x.values[0].example for x in cases() if x.values[0].op.name == op.name and not x.marks)
+    example = supported(op)[0].example
     found, expected = (
         (case := KernelCase(op, example, how)).outcome(OnTpu(), case.span(FLOAT32, 140), *random_weights(140))
         for how in (pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise"), True)
@@ -162,10 +165,9 @@ def test_the_simulated_memory_finds_what_nobody_wrote():
     assert np.isnan(call(interpret=pltpu.InterpretParams())(x)[4:]).all()
 
 
-@pytest.mark.parametrize("op", with_kernels(), ids=lambda op: op.name)
+@each_operator
 def test_a_wrong_kernel_is_noticed(op):
-    example = next(x.values[0].example for x in cases() if x.values[0].op.name == op.name and not x.marks)
-    case = KernelCase(op, example)
+    case = supported(op)[0]
     span, random = case.span(FLOAT32, LENGTH), random_weights(LENGTH)
     expected = case.outcome(RECURRENT, span, *random)
     found = case.outcome(OnTpu(), span._replace(segment_ids=PACKED), *random)
@@ -173,10 +175,9 @@ def test_a_wrong_kernel_is_noticed(op):
         assert_close(found, expected, TOLERANCES["kernel"], "")
 
 
-@pytest.mark.parametrize("op", with_kernels(), ids=lambda op: op.name)
+@each_operator
 def test_a_second_derivative_is_an_error(op):
-    example = next(x.values[0].example for x in cases() if x.values[0].op.name == op.name and not x.marks)
-    case = KernelCase(op, example)
+    case = supported(op)[0]
     span: Span = case.span(FLOAT32, 4)
     name = next(name for name in ("v", "x") if name in span.arrays)
 
@@ -202,12 +203,15 @@ SMALL, WHOLE_STEPS = size(512, 256, 2, 128), size(65536, 4096, 16, 128)
 
 
 def programs() -> list:
-    """Every kernel, forward and backward, in both dtypes: at a small size, and in steps as large as they get."""
+    """Every kernel, forward and backward, in both dtypes: at a small size, and in steps as large as they get.
+
+    The backward program has the forward kernel in it: alone that is left to `pytest -m slow`.
+    """
     names = {op.name for op in with_kernels()}
     return [
         pytest.param(
             Request(name, direction, KERNEL, shape, dtype),
-            marks=[pytest.mark.slow] if shape == WHOLE_STEPS else [],
+            marks=[] if shape == SMALL and direction == "backward" else [pytest.mark.slow],
             id=f"{name}, {direction}, {dtype}, {shape.length}",
         )
         for name, direction, dtype, shape in itertools.product(

@@ -678,8 +678,8 @@ def test_wrong_functions(place, shapes, keywords, message):
 @needs_tpu_compiler
 def test_sizes_are_tried(here):
     ended = here(
-        kernel_report.main, "--cases", "linear_attention, no decay", "--lengths", "512", "--tokens", "1024", "--heads", "2",
-        "--generations", "v5e", "--directions", "forward", "--sizes", "128:64", "256:256",
+        kernel_report.main, "--cases", "linear_attention, no decay", "--lengths", "512", "--tokens", "1024",
+        "--heads", "2", "--generations", "v5e", "--directions", "forward", "--sizes", "128:64", "256:256",
     )  # fmt: skip
     assert ended.code == EXIT_DONE, ended.err
     assert "chunks of 128 in steps of 64 KiB" in ended.out and "chunks of 256 in steps of 256 KiB" in ended.out

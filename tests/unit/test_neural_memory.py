@@ -1,5 +1,8 @@
 """Neural memory: against loops over tokens in NumPy whose gradients are written by hand, and where it may diverge."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,8 @@ from seqmodels.errors import InputError
 from seqmodels.layers import TTT, TitansMemory
 from seqmodels.ops._memory_network import Linear, Norm
 from seqmodels.ops.delta_rule import delta_rule
-from seqmodels.ops.neural_memory import fresh_start, neural_memory, recall
+from seqmodels.ops.neural_memory import NEURAL_MEMORY, fresh_start, neural_memory, recall
+from tests.conformance.cases import described_by
 from tests.operators import LENGTH, SEGMENTS, assert_close
 
 HEADS, DIM, HIDDEN, MINI_BATCH = 2, 4, 6, 5
@@ -282,3 +286,60 @@ def test_bad_arguments(changed, message):
 def test_bad_fields(layer, message):
     with pytest.raises(InputError, match=message):
         layer.init(jax.random.key(0), jnp.zeros((1, 2, layer.d_model)))
+
+
+def by_kernel():
+    """The operator with its TPU kernel interpreted."""
+    kernel = NEURAL_MEMORY.kernels["pallas_tpu"]
+    kernel = dataclasses.replace(kernel, call=functools.partial(kernel.call, interpret=True))
+    return described_by(dataclasses.replace(NEURAL_MEMORY, kernels={"pallas_tpu": kernel}))
+
+
+def of_one_matrix(dtype, length: int = 72, **without) -> dict:
+    """Arrays of a memory of one matrix, 16 tokens a mini-batch; the last one is not full."""
+    rng = np.random.default_rng(3)
+    heads, dim = 2, 24
+    q, k, v = (rng.normal(size=(2, length, heads, dim)).astype(dtype) for _ in range(3))
+    k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    largest = {"theta": 0.1, "alpha": 0.2, "eta": 0.9}
+    gates = {name: rng.uniform(0.0, x, (2, length, heads)) for name, x in largest.items()}
+    matrices = [(Linear(jnp.asarray(scale * rng.normal(size=(heads, dim, dim)), dtype)),) for scale in (0.5, 0.1)]
+    arrays = {"q": q, "k": k, "v": v, **{name: x.astype(dtype) for name, x in gates.items()}}
+    arrays |= {"weights": matrices[0], "momentum": matrices[1]}
+    return jax.tree.map(jnp.asarray, {name: x for name, x in arrays.items() if name not in without})
+
+
+def outputs_and_gradients(arrays, **options):
+    def loss(arrays):
+        o, state = neural_memory(**arrays, mini_batch=16, **options)
+        total = sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves((state.weights, state.momentum)))
+        return jnp.sum(jnp.sin(o)) + total, (o, state)
+
+    (_, found), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    return found, gradients
+
+
+@pytest.mark.parametrize("without", [(), ("alpha",), ("eta", "momentum"), ("momentum",)], ids=str)
+def test_the_kernel_equals_the_recurrent_form(float64, without):
+    without = dict.fromkeys(without)
+    expected = outputs_and_gradients(of_one_matrix(np.float64, **without), form="recurrent")
+    with by_kernel():
+        found = outputs_and_gradients(of_one_matrix(np.float32, **without), backend="pallas_tpu")
+    assert_close(found, expected, "kernel")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"segment_ids": np.ones((2, 72), int)}, "segment_ids came in; expected rows of one document"),
+        ({"mini_batch": 5}, "mini_batch=5; expected one of"),
+        ({"residual": True}, "there is a norm, a residual or reach"),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_cannot_do(change, reason):
+    arrays = of_one_matrix(np.float32)
+    options = {"mini_batch": 16, **change}
+    with pytest.raises(InputError, match=f"backend 'pallas_tpu' cannot run this: {reason}"):
+        neural_memory(**arrays, **options, backend="pallas_tpu")
+    assert np.isfinite(neural_memory(**arrays, **options)[0]).all()
