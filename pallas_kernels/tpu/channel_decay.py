@@ -328,8 +328,15 @@ def _backward_products(plan: Grid, scale: float, refs: SimpleNamespace) -> Itera
     shared = {}
 
     def finish(
-        head: int, at: slice, x: _Head, both: jax.Array, A_t: jax.Array, d_enter: jax.Array, d_leave: jax.Array,
-        dv: jax.Array, kept: jax.Array,
+        head: int,
+        at: slice,
+        x: _Head,
+        both: jax.Array,
+        A_t: jax.Array,
+        d_enter: jax.Array,
+        d_leave: jax.Array,
+        dv: jax.Array,
+        kept: jax.Array,
     ) -> None:
         keys, values = plan.key_lanes(head), plan.value_lanes(head)
         dv += product(A_t, refs.do[0, at, values])

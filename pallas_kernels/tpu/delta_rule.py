@@ -1,6 +1,6 @@
-"""The delta rule on TPU, without decay or with one for each head and step: forward and backward.
+"""The delta rule on TPU, without decay, with one for each head and step, or per channel: forward and backward.
 
-    S~_t = exp(g_t) S_{t-1};   S_t = S~_t + beta_t k_t^T (v_t - k_t S~_t);   o_t = scale q_t S_t                   (1)
+    S~_t = diag(exp(g_t)) S_{t-1};   S_t = S~_t + beta_t k_t^T (v_t - k_t S~_t);   o_t = scale q_t S_t             (1)
 
 (DeltaNet, Yang et al. 2024, arXiv 2406.06484; with decay Gated DeltaNet, Yang, Kautz, Hatamizadeh 2024, 2412.06464;
 with a decay per channel KDA, Kimi Team 2025, 2510.26692.) In a chunk of C positions, with b the inclusive cumulative
@@ -26,7 +26,15 @@ the chunks from it by (3) and (5). With N = scale dO, dO and dS' the cotangents 
     dS  = exp(b_C) dS' + Q^T (exp(b) * N) - K^T (exp(b) * beta * dR)                                              (12)
     dg_t = sum_{i >= t} (q_i dQ_i + beta_i k_i F_i - k_i W_i) + <dS', S'>                                         (13)
 
-Every exponent is <= 0 where it is used. Documents are masks on (2) to (5).
+What the last term of W adds to the sum of (13) over all the chunk is in <dS', S'> too. Where decay is strong the two
+would cancel, so that both leave it out, and its positions before t are added instead.
+
+Decay per channel does not factor out of (2) and (4). There `_channel_scores` finds N, from the rows beta * K against K,
+and A; exp(b) and exp(b_C - b) are then factors of rows of K and Q before the products, not after; and (13) holds
+channel by channel, with products and <dS', S'> not summed over the channels of keys.
+
+Every exponent is <= 0 where it is used, but for those within 8 positions in `_channel_scores`. Documents are masks on
+(2) to (5).
 
 A unit is a head in a chunk. The inverses of two units share their products (see `_triangular_inverse`), where those of
 every second unit are upper triangular: such a unit is flipped, it has the transposes of N, T, A, D, dA and H.
@@ -35,7 +43,7 @@ every second unit are upper triangular: such a unit is flipped, it has the trans
     q, k     q, k     [b, t, h, k]   bfloat16 or float32
     v, o     v, o     [b, t, hv, v]  as q; head j reads q, k of head j // (hv / h)
     beta     beta     [b, t, hv]     float32, in [0, 2]
-    g        g        [b, t, hv]     float32, natural log, <= 0; or None
+    g        g        [b, t, hv]     float32, natural log, <= 0; or [b, t, hv, k]; or None
     initial  S_0      [b, hv, k, v]  float32
     index             [b, t]         int32, number of documents that started since the beginning; or None
 """
@@ -60,8 +68,10 @@ from pallas_kernels.tpu.linear_attention import _Chunk, _chunks, _pair_decay, _s
 NAME = "delta_rule on TPU"
 WIDEST = 256
 CHUNK = 128
+# Bytes of one operand that a step reads. Longer ones are up to a tenth faster, and take twice as long to compile.
 STEP_BYTES = 1 << 19
-CHANNEL_STEP_BYTES = 1 << 18
+# What a step of the backward pass takes of VMEM, in bytes of one operand: without and with decay per channel.
+VMEM, CHANNEL_VMEM = 60, 100
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array | None) -> str | None:
@@ -119,9 +129,9 @@ def _plan(
         q_shape = (*q_shape[:3], _tiles.round_up(q_shape[3], _tiles.LANES))
     # The inverse merges blocks of equal size: powers of two.
     chunk = 128 if (chunk or CHUNK) <= 128 or q_shape[1] <= 128 else 256
-    most = CHANNEL_STEP_BYTES if by_channel else STEP_BYTES
     limits = sizes()
-    return _tiles.grid(q_shape, v_shape, itemsize, limits._replace(step_bytes=min(limits.step_bytes, most)), chunk)
+    step_bytes = min(STEP_BYTES, limits.memory // (CHANNEL_VMEM if by_channel else VMEM))
+    return _tiles.grid(q_shape, v_shape, itemsize, limits._replace(step_bytes=step_bytes), chunk)
 
 
 class _How(NamedTuple):
