@@ -1,32 +1,36 @@
-"""Scores of a chunk whose log decay g [c, k] is per channel, and their cotangents.
+"""Scores of a chunk whose decay is per channel, and their cotangents.
 
-With b the cumulative sum of g, x the rows and k the columns (queries or keys against keys), e a weight exp(...) <= 1:
+With g the log decay and b its inclusive cumulative sum, x the rows and k the columns (queries, or keys, against keys):
 
     A_ij = sum_k x_ik k_jk exp(b_ik - b_jk),  j <= i                                                               (1)
 
-Decay per channel does not factor out of (1), and exp(b_i) exp(-b_j) overflows (Yang et al. 2023, arXiv 2312.06635,
-section 4). Each pair is met somewhere between its two positions. Cut the chunk into blocks of 8, 16, 32, ... positions:
+Decay per channel does not factor out of (1), and exp(b_i) exp(-b_j) overflows. So each pair is met between its two
+positions (Yang et al. 2023, arXiv 2312.06635, section 4). Cut the chunk into blocks of h = 8, 16, 32, ... C positions.
+Let x^h be the rows decayed since the start of their block of h, k^h the columns decayed to the end of theirs, and e
+the decay of a whole block:
 
-    blocks   pairs that are in one block of 2 h and not in one of h: i in its later half, j in its earlier one. With
-             x^h the row decayed since the start of its block of h, k^h the column decayed to the end of its own,
-                 A_ij = x^h_i k^h_j                                                                                (2)
-             which is one product of matrices for each h. Doubling a block multiplies half of the rows by a number per
-             channel, the whole decay e of the other half:
-                 x^2h = x^h e_earlier in the later half,  k^2h = k^h e_later in the earlier half                   (3)
-             x^c are the rows that read the state that enters the chunk, k^c those that write the one that leaves.
-    groups   pairs in one group of 8. With m the mean of b at its fourth and fifth position,
-                 A_ij = (x_i exp(b_i - m)) (k_j exp(m - b_j))                                                      (4)
-             whose exponents are of either sign, and at most 3.5 times the strongest decay of one step.
+    A_ij = sum_k x^h_ik k^h_jk          i in the later, j in the earlier half of one block of 2 h                  (2)
+    x^2h = x^h * e_earlier              in later halves; x^2h = x^h in earlier ones                                (3)
+    k^2h = k^h * e_later                in earlier halves; k^2h = k^h in later ones                                (4)
 
-So that (4) is finite, a step forgets no further than exp(STRONGEST) = 6e-9: less than what a float32 sum of what it
-forgets and of what it adds can hold. Everything here has that decay, so that values and gradients are of one operator.
+(2) is one product of matrices for every h. x^C reads the state that enters the chunk, k^C writes the one that leaves.
+What is left are the pairs of one block of 8. With m the mean of b at its fourth and fifth position,
 
-    code     symbol               shape
-    x, k     x, k                 [c, k]; c is 8 times a power of two
-    dA       cotangent of A       [c, c], zero where the column does not see, or is not seen by, the row
+    A_ij = sum_k (x_ik exp(b_ik - m_k)) (k_jk exp(m_k - b_jk))                                                     (5)
 
-Backward, dA + dA^T on the pairs of one h times the rows of (2), later x^h and earlier k^h together, is the cotangent of
-both at once. Those of (3) are added from the widest block to the group.
+whose exponents are of either sign, and at most 3.5 times the strongest log decay of one step. So that they stay in
+range, no step forgets further than exp(STRONGEST) = 6e-9, which a float32 sum of old and new does not hold. Values and
+gradients are those of the operator with that decay.
+
+Backward, (dA + dA^T) restricted to the pairs of (2), times the factors of (2), x^h in later and k^h in earlier halves,
+is dx^h in the later and dk^h in the earlier ones. (3) and (4) take them from the widest blocks to those of 8.
+
+    code    symbol   shape    dtype
+    g       g        [c, k]   float32, natural log, <= 0; c is 8 times a power of two
+    x, k    x, k     [c, k]   float32; the factors of (2) and (5) are of the dtype of the operator's inputs
+    A       A        [c, c]   float32
+
+For scores of keys against keys, k is both x and k, and the caller drops the diagonal.
 """
 
 from typing import NamedTuple
@@ -44,9 +48,9 @@ STRONGEST = -19.0
 class Decay(NamedTuple):
     """Of the positions of one chunk.
 
-    since, until   exp(b - m), exp(m - b) in the group: [c, k]
-    first, last    decay from the group's start to m, from m to its end: [c / 8, 8, k], the same for all its positions
-    through        decay of a whole block, by size from GROUP to c: [8 c / size, k], the same in the 8 rows of each
+    since, until   exp(b - m), exp(m - b) of (5): [c, k]
+    first, last    decay of a group of 8 from its start to m and from m to its end: [c / 8, 8, k], in every position
+    through        e of the blocks of 8, 16, ... c: [8 c / size, k] each, a block's in 8 rows
     """
 
     since: jax.Array
@@ -85,7 +89,7 @@ def _sums_in_groups(x: jax.Array, *, backwards: bool = False) -> jax.Array:
 
 
 def sums_from(x: jax.Array, after: jax.Array) -> jax.Array:
-    """[c, k]: the sum of x [c, k] from each position to the chunk's end, and of `after` [1, k]."""
+    """Sum of x [c, k] from each position to the chunk's end, and `after` [1, k]."""
     sums = _sums_in_groups(x.reshape(-1, GROUP, x.shape[1]), backwards=True)
     groups = []
     for n in reversed(range(sums.shape[0])):
@@ -95,10 +99,10 @@ def sums_from(x: jax.Array, after: jax.Array) -> jax.Array:
 
 
 class Decayed(NamedTuple):
-    """Rows or columns of (1) as (4) and (2) take them.
+    """Rows or columns as (5) and (2) take them.
 
-    middle   decayed since the middle of the group, or until it
-    blocks   since the start of the block, or until its end, by size from GROUP to c; the last is of the whole chunk
+    middle   decayed since m, or until m
+    blocks   x^h or k^h for h = 8, 16, ... c
     """
 
     middle: jax.Array
@@ -106,7 +110,7 @@ class Decayed(NamedTuple):
 
 
 def since_start(x: jax.Array, d: Decay) -> Decayed:
-    """Rows x [c, k] of float32."""
+    """x as rows, equation (3)."""
     middle = x * d.since
     blocks = [_times(middle, d.first)]
     for through in d.through[:-1]:
@@ -116,7 +120,7 @@ def since_start(x: jax.Array, d: Decay) -> Decayed:
 
 
 def until_end(k: jax.Array, d: Decay) -> Decayed:
-    """Columns k [c, k] of float32."""
+    """k as columns, equation (4)."""
     middle = k * d.until
     blocks = [_times(middle, d.last)]
     for through in d.through[:-1]:
@@ -126,11 +130,11 @@ def until_end(k: jax.Array, d: Decay) -> Decayed:
 
 
 class Meetings(NamedTuple):
-    """Factors of the products of a chunk's rows x and columns k, in their dtype.
+    """Factors of the products of rows and columns.
 
-    rows, columns    of (4)
-    blocks           of (2) for each h: k^h in the earlier halves of the blocks and x^h in the later ones, [c, k]
-    halves           the same, [c / 2, k] each
+    rows, columns   of (5): [c, k]
+    blocks          of (2), for h = 8, ... c / 2: k^h in earlier halves, x^h in later ones, [c, k] each
+    halves          the earlier ones and the later ones of each, [c / 2, k]
     """
 
     rows: jax.Array
@@ -140,6 +144,7 @@ class Meetings(NamedTuple):
 
 
 def meetings(x: Decayed, k: Decayed, dtype: jnp.dtype) -> Meetings:
+    """dtype: of the factors."""
     blocks, halves = [], []
     for n, (rows, columns) in enumerate(zip(x.blocks[:-1], k.blocks[:-1])):
         earlier, later = _halves(columns, GROUP << n)[0], _halves(rows, GROUP << n)[1]
@@ -149,7 +154,7 @@ def meetings(x: Decayed, k: Decayed, dtype: jnp.dtype) -> Meetings:
 
 
 def scores(m: Meetings, *, transposed: bool = False) -> jax.Array:
-    """A, or A^T, [c, c] of float32, arbitrary where j > i."""
+    """A, or A^T; where j > i anything, which may be infinite or not a number."""
     A = product_nt(m.columns, m.rows) if transposed else product_nt(m.rows, m.columns)
     for n, (block, halves) in enumerate(zip(m.blocks, m.halves)):
         half = GROUP << n
@@ -169,8 +174,8 @@ def scores_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Cotangents of the x and k that `since_start` and `until_end` took.
 
-    both     dA on and below the diagonal, dA^T above it
-    dx, dk   cotangents of x^c and k^c, from what the state does with them
+    both     [c, c]: dA on and below the diagonal, dA^T above it; zero where a pair does not see each other
+    dx, dk   cotangents of x^C and k^C, from what the state does with them
     """
     row, column = _iota(both.shape, 0), _iota(both.shape, 1)
     both = both.astype(m.rows.dtype)
@@ -218,6 +223,6 @@ def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def _number(position: jax.Array, size: int) -> jax.Array:
-    """Of the block of `size` that a position is in."""
+    """Number of the block of `size` that holds the position."""
     # Not //, whose lowering asks which TPU this process has.
     return jax.lax.shift_right_logical(position, jnp.int32(size.bit_length() - 1))

@@ -9,19 +9,20 @@ positions, with b the inclusive cumulative sum of g, S the state that enters and
     O    = scale (A V + (Q * exp(b)) S)                                                                            (3)
     S'   = diag(exp(b_C)) S + (K * exp(b_C - b))^T V                                                               (4)
 
-Only (4), and in it only a sum and a product by channel, waits for the chunk before. So a step of the grid holds several
-chunks of several heads, and their products run one after the other without a pause.
+Only (4), and in it only a sum and a product with a number per channel, waits for the chunk before. So a step of the
+grid holds several chunks of several heads, and their products run one after the other without a pause.
 
 The backward pass walks the steps from the end. It keeps one state per step from the forward pass and finds those of
 the chunks from it by (4). With N = scale dO, dO and dS' the cotangents of O and S':
 
     dA   = N V^T on j <= i         dV = A^T N + (K * exp(b_C - b)) dS'                                             (5)
-    dQ   = exp(b) * (N S^T) + what dA gives it                                                                     (6)
-    dK   = exp(b_C - b) * (V dS'^T) + what dA gives it                                                             (7)
+    dQ   = exp(b) * (N S^T) + what comes from dA                                                                   (6)
+    dK   = exp(b_C - b) * (V dS'^T) + what comes from dA                                                           (7)
     dS   = diag(exp(b_C)) dS' + (Q * exp(b))^T N                                                                   (8)
     dg_t = sum_{i >= t} (q_i * dq_i - k_i * dk_i) + sum_v (dS' * S')_v                                             (9)
 
-Documents are masks on (2) to (4). The kernels hold states transposed, [v, k]: a decay multiplies lanes.
+Documents are masks on (2) to (4). Kernels hold states transposed, [v, k], so that a decay multiplies lanes, and take
+scale into the queries.
 
     code     symbol   shape          dtype
     q, k     q, k     [b, t, h, k]   bfloat16 or float32
@@ -48,7 +49,10 @@ from pallas_kernels.tpu._tiles import Grid, Marks, Specs, beside, product, produ
 
 NAME = "linear_attention with decay per channel on TPU"
 WIDEST = 256
-AHEAD = 0
+CHUNK = 128
+DELAY = 4
+# Bytes of VMEM that a step takes at most for one byte of an operand of it, by the size of its numbers.
+VMEM = {2: 56, 4: 64}
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array | None) -> str | None:
@@ -79,12 +83,13 @@ def channel_decay(
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs [b, t, hv, v] in v's dtype and the final state, equation (1).
 
-    Positions of padding come with k = 0 and g = 0. chunk_size: rounded up to 128 or 256; None is the choice for the
-    generation. interpret: as for `pallas_call`.
+    Positions of padding come with k = 0 and g = 0. chunk_size: rounded up to 128, or to 256 at most; None is 128.
+    interpret: as for `pallas_call`.
     """
     plan = _plan(q.shape, v.shape, q.dtype.itemsize, chunk_size)
     length, key_dim, value_dim = v.shape[1], q.shape[3], v.shape[3]
-    how = _How(plan, float(scale), interpret)
+    # On narrow matrix units what a backward pass holds longer costs more than the wait that it saves.
+    how = _How(plan, float(scale), DELAY if sizes().chunk > CHUNK else 0, interpret)
     inputs = _Inputs(
         *(_tiles.lay_out(x, plan, plan.key_dim) for x in (q, k)),
         _tiles.lay_out(v, plan, plan.value_dim),
@@ -100,13 +105,19 @@ def _plan(q_shape: tuple[int, ...], v_shape: tuple[int, ...], itemsize: int, chu
     if q_shape[2] != v_shape[2]:
         # The lanes of g, whose heads are those of v, are to divide among the steps as those of v do.
         q_shape = (*q_shape[:3], _tiles.round_up(q_shape[3], _tiles.LANES))
-    chunk = 128 if (chunk or sizes().chunk) <= 128 or q_shape[1] <= 128 else 256
-    return _tiles.grid(q_shape, v_shape, itemsize, sizes(), chunk)
+    # A power of two, as halves of blocks want it.
+    chunk = CHUNK if chunk is None or min(chunk, q_shape[1]) <= CHUNK else 2 * CHUNK
+    limits = sizes()
+    step_bytes = min(limits.step_bytes, limits.memory // VMEM[itemsize])
+    return _tiles.grid(q_shape, v_shape, itemsize, limits._replace(step_bytes=step_bytes), chunk)
 
 
 class _How(NamedTuple):
+    """backward_delay: of `_with_delay`, in the backward pass."""
+
     plan: Grid
     scale: float
+    backward_delay: int
     interpret: Any
 
 
@@ -199,16 +210,16 @@ def _head(refs: SimpleNamespace, plan: Grid, scale: float, chunk: _Chunk, head: 
     return _Head(decay, pairs, enter.astype(dtype), leave.astype(dtype), through)
 
 
-def _with_delay(products: Iterator[Callable[[], None]]) -> None:
-    """Runs `products` to its end, and each function that it yields some steps of it later.
+def _with_delay(products: Iterator[Callable[[], None]], delay: int) -> None:
+    """Runs `products` to its end, and each function that it yields `delay` of its steps later.
 
-    Matrix units take products in the order they are written. So those that wait for others are written after some that
-    wait for none: the more, the faster the units are beside what comes between two products.
+    Matrix units take products in the order they are written: one that waits for another is written after some that do
+    not, of the next chunks.
     """
     waiting = []
     for finish in products:
         waiting.append(finish)
-        if len(waiting) > AHEAD:
+        if len(waiting) > delay:
             waiting.pop(0)()
     for finish in waiting:
         finish()
@@ -246,7 +257,7 @@ def _forward_step(plan: Grid, scale: float, refs: SimpleNamespace) -> None:
 
     if refs.entered is not None:
         refs.entered[0, 0] = refs.S[...]
-    _with_delay(_forward_products(plan, scale, refs))
+    _with_delay(_forward_products(plan, scale, refs), DELAY)
 
     @pl.when(step == plan.blocks - 1)
     def _():
@@ -254,7 +265,7 @@ def _forward_step(plan: Grid, scale: float, refs: SimpleNamespace) -> None:
 
 
 def _forward_products(plan: Grid, scale: float, refs: SimpleNamespace) -> Iterator[Callable[[], None]]:
-    """For each head and chunk, what finishes it."""
+    """Yields for each head and chunk what finishes it."""
 
     def finish(at: slice, values: slice, A: jax.Array, from_state: jax.Array) -> None:
         refs.o[0, at, values] = (product(A, refs.v[0, at, values]) + from_state).astype(refs.o.dtype)
@@ -286,7 +297,7 @@ def _backward(
     dtype = inputs.q.dtype if plan.shares == 1 else jnp.float32
     parts = jax.ShapeDtypeStruct((*inputs.q.shape[:2], inputs.q.shape[2] * plan.shares), dtype)
     found = _tiles.run(
-        partial(_backward_step, plan, how.scale),
+        partial(_backward_step, plan, how.scale, how.backward_delay),
         name="channel_decay_backward",
         plan=plan,
         inputs={
@@ -309,14 +320,14 @@ def _backward(
     return _Inputs(dq, dk, found.dv, found.dg, None), found.d_initial
 
 
-def _backward_step(plan: Grid, scale: float, refs: SimpleNamespace) -> None:
+def _backward_step(plan: Grid, scale: float, delay: int, refs: SimpleNamespace) -> None:
     step = pl.program_id(2)
 
     @pl.when(step == 0)
     def _():
         refs.dS[...] = refs.d_final[0]
 
-    _with_delay(_backward_products(plan, scale, refs))
+    _with_delay(_backward_products(plan, scale, refs), delay)
 
     @pl.when(step == plan.blocks - 1)
     def _():
@@ -324,7 +335,7 @@ def _backward_step(plan: Grid, scale: float, refs: SimpleNamespace) -> None:
 
 
 def _backward_products(plan: Grid, scale: float, refs: SimpleNamespace) -> Iterator[Callable[[], None]]:
-    """For each head and chunk, what finishes it."""
+    """Yields for each head and chunk what finishes it."""
     shared = {}
 
     def finish(
@@ -339,9 +350,9 @@ def _backward_products(plan: Grid, scale: float, refs: SimpleNamespace) -> Itera
         kept: jax.Array,
     ) -> None:
         keys, values = plan.key_lanes(head), plan.value_lanes(head)
+        dq, dk = _channel_scores.scores_backward(both, x.pairs, d_enter, d_leave, x.decay)
         dv += product(A_t, refs.do[0, at, values])
         refs.dv[0, at, values] = dv.astype(refs.dv.dtype)
-        dq, dk = _channel_scores.scores_backward(both, x.pairs, d_enter, d_leave, x.decay)
         dq = scale * dq
         q, k = (ref[0, at, keys].astype(jnp.float32) for ref in (refs.q, refs.k))
         refs.dg[0, at, plan.decay_lanes(head)] = _channel_scores.sums_from(q * dq - k * dk, kept)
