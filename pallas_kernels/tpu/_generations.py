@@ -19,21 +19,29 @@ class Sizes(NamedTuple):
     step_bytes   bytes of one operand that one step of the grid reads, all its heads and positions together. Chunks
                  and heads of a step do not wait for each other, so that long steps keep the matrix units busy
     memory       bytes of VMEM that a kernel may take
+    cores        that share the steps of different heads and rows
+    wide_units   whether matrix units are of 256 x 256, or of 128 x 128
     """
 
     chunk: int
     step_bytes: int
     memory: int
+    cores: int
+    wide_units: bool
+
+    def at_most(self, step_bytes: int) -> "Sizes":
+        """With steps that read no more than this of an operand."""
+        return self._replace(step_bytes=min(self.step_bytes, step_bytes))
 
 
 MIB = 1 << 20
 # By the device's kind, as jax names it.
 SIZES = {
-    "TPU v4": Sizes(128, MIB // 2, 15 * MIB),
-    "TPU v5 lite": Sizes(128, MIB, 64 * MIB),
-    "TPU v5": Sizes(128, MIB, 56 * MIB),
-    "TPU v6 lite": Sizes(256, MIB, 64 * MIB),
-    "TPU7x": Sizes(256, MIB, 56 * MIB),
+    "TPU v4": Sizes(128, MIB // 2, 15 * MIB, 2, False),
+    "TPU v5 lite": Sizes(128, MIB, 64 * MIB, 1, False),
+    "TPU v5": Sizes(128, MIB, 56 * MIB, 2, False),
+    "TPU v6 lite": Sizes(256, MIB, 64 * MIB, 1, True),
+    "TPU7x": Sizes(256, MIB, 56 * MIB, 1, True),
 }
 # Where nothing says what the program is for: fits all of them.
 UNKNOWN = SIZES["TPU v4"]

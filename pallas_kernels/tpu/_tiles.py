@@ -24,6 +24,20 @@ LANES = 128
 MOST_HEADS = 8
 MOST_UNITS = 32
 DTYPES = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
+WIDEST = 256
+
+
+def declined(g: jax.Array | None = None, **arrays: jax.Array) -> str | None:
+    """Why no kernel takes these arrays of heads, with the log decay g, or None."""
+    dtypes = [x.dtype for x in arrays.values()]
+    if len(set(dtypes)) > 1 or not set(dtypes) <= DTYPES:
+        return f"{', '.join(arrays)} are {', '.join(map(str, dtypes))}; expected all bfloat16 or all float32"
+    if g is not None and g.dtype != jnp.float32:
+        return f"g is {g.dtype}; expected float32"
+    for name, x in arrays.items():
+        if x.shape[-1] > WIDEST:
+            return f"the heads of {name} have {x.shape[-1]} channels; expected at most {WIDEST}"
+    return None
 
 
 # ----- products -----------------------------------------------------------------------------------------------------
@@ -200,35 +214,75 @@ class Grid(NamedTuple):
         return slice(head * self.value_dim, (head + 1) * self.value_dim)
 
 
-def grid(q_shape: tuple[int, ...], v_shape: tuple[int, ...], itemsize: int, sizes: Sizes, chunk: int | None) -> Grid:
-    """For q [b, t, h, k] and v [b, t, hv, v]. chunk: None takes that of the table, others are made multiples of 128."""
+class Chunk(NamedTuple):
+    """A chunk of a step, for all its heads.
+
+    at     its positions within the step
+    units  the chunk and each of its heads, numbered through the step
+    """
+
+    at: slice
+    units: range
+    marks: Marks
+
+
+def chunks(refs: SimpleNamespace, plan: Grid) -> list[Chunk]:
+    """Those of a step."""
+    found = []
+    for n, at in enumerate(plan.chunks()):
+        seen = marks(None if refs.index is None else refs.index[0, :, at], plan.chunk)
+        found.append(Chunk(at, range(n * plan.step_heads, (n + 1) * plan.step_heads), seen))
+    return found
+
+
+def grid(
+    q_shape: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    itemsize: int,
+    sizes: Sizes,
+    chunk: int | None,
+    *,
+    by_channel: bool = False,
+) -> Grid:
+    """For q [b, t, h, k] and v [b, t, hv, v].
+
+    chunk: None takes that of `sizes`, others are made multiples of 128. by_channel: there is a decay [b, t, hv, k] too.
+    """
     rows, length, key_heads, key_dim = q_shape
     heads, value_dim = v_shape[2:]
+    if by_channel and key_heads != heads:
+        # The lanes of the decay, whose heads are those of v, are to divide among the steps as those of v do.
+        key_dim = round_up(key_dim, LANES)
     chunk = round_up(chunk or sizes.chunk, LANES)
     chunk = min(chunk, round_up(length, LANES))
     key_dim, value_dim = (
         dim if dim % 64 == 0 and dim < LANES else round_up(dim, LANES)
         for dim in (round_up(key_dim, 64), round_up(value_dim, 64))
     )
-    found = step_heads(rows, key_heads, heads, key_dim, value_dim)
+    found = step_heads(rows, key_heads, heads, key_dim, value_dim, cores=sizes.cores)
     if found is None:
         # Halves of the lanes of a register do not divide among the steps: a head takes all of them.
         key_dim, value_dim = round_up(key_dim, LANES), round_up(value_dim, LANES)
-        found = step_heads(rows, key_heads, heads, key_dim, value_dim)
+        found = step_heads(rows, key_heads, heads, key_dim, value_dim, cores=sizes.cores)
     unit = chunk * max(key_dim, value_dim) * itemsize
     units = max(1, min(MOST_UNITS * LANES // chunk, sizes.step_bytes // unit))
     if found > units:
-        found = step_heads(rows, key_heads, heads, key_dim, value_dim, units) or found
+        found = step_heads(rows, key_heads, heads, key_dim, value_dim, units, cores=sizes.cores) or found
     chunks = -(-length // chunk)
     blocks = -(-chunks // max(1, units // found))
     block = chunk * -(-chunks // blocks)
     return Grid(rows, blocks * block, key_heads, heads, key_dim, value_dim, chunk, block, found, sizes.memory)
 
 
+def power_of_two(chunk: int | None, length: int) -> int:
+    """Positions of a chunk that is to be halved: 256 where more than 128 are asked for and there, else 128."""
+    return 2 * LANES if chunk is not None and min(chunk, length) > LANES else LANES
+
+
 def step_heads(
-    rows: int, key_heads: int, heads: int, key_dim: int, value_dim: int, most: int = MOST_HEADS
+    rows: int, key_heads: int, heads: int, key_dim: int, value_dim: int, most: int = MOST_HEADS, *, cores: int
 ) -> int | None:
-    """The most value heads for a step, of those that divide evenly and fill lanes; two steps for two cores."""
+    """The most value heads for a step, of those that divide evenly and fill lanes, and leave a step for each core."""
     group = heads // key_heads
     found = None
     for n in range(1, most + 1):
@@ -238,7 +292,7 @@ def step_heads(
             heads_of_step * dim % LANES == 0 or heads_of_step == all_heads
             for heads_of_step, dim, all_heads in ((keys, key_dim, key_heads), (n, value_dim, heads))
         )
-        if divides and fills and (found is None or rows * heads // n >= 2):
+        if divides and fills and (found is None or rows * heads // n >= cores):
             found = n
     return found
 

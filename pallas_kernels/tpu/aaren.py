@@ -50,7 +50,6 @@ from pallas_kernels.tpu._generations import sizes
 from pallas_kernels.tpu._tiles import LANES, Grid, Marks, Specs, beside, product, product_nt, product_tn
 
 NAME = "aaren on TPU"
-WIDEST = 256
 # Below all scores: the score of what a position does not see, and the largest score of those who see nothing.
 LOWEST = -3e38
 NOTHING = -1.5e38
@@ -58,12 +57,7 @@ NOTHING = -1.5e38
 
 def supports(k: jax.Array, v: jax.Array) -> str | None:
     """Why the kernel cannot compute this, or None."""
-    dtypes = {x.dtype for x in (k, v)}
-    if len(dtypes) > 1 or not dtypes <= _tiles.DTYPES:
-        return f"k, v are {k.dtype}, {v.dtype}; expected both bfloat16 or both float32"
-    if max(k.shape[-1], v.shape[-1]) > WIDEST:
-        return f"heads have {k.shape[-1]} key and {v.shape[-1]} value channels; expected at most {WIDEST}"
-    return None
+    return _tiles.declined(k=k, v=v)
 
 
 def aaren(

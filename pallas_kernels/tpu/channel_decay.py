@@ -33,23 +33,19 @@ scale into the queries.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
-from pallas_kernels.once import differentiated_once
-from pallas_kernels.tpu import _channel_scores, _tiles
+from pallas_kernels.tpu import _channel_scores, _matrix_state, _tiles
 from pallas_kernels.tpu._channel_scores import Decay, Meetings
 from pallas_kernels.tpu._generations import sizes
-from pallas_kernels.tpu._tiles import Grid, Marks, Specs, beside, product, product_nt, product_tn
+from pallas_kernels.tpu._matrix_state import KeyGradients, Operator
+from pallas_kernels.tpu._tiles import Chunk, Grid, beside, chunks, product, product_nt, product_tn
 
-NAME = "linear_attention with decay per channel on TPU"
-WIDEST = 256
-CHUNK = 128
 DELAY = 4
 # Bytes of VMEM that a step takes at most for one byte of an operand of it, by the size of its numbers.
 VMEM = {2: 56, 4: 64}
@@ -57,16 +53,9 @@ VMEM = {2: 56, 4: 64}
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array | None) -> str | None:
     """Why the kernel cannot compute this, or None."""
-    dtypes = {x.dtype for x in (q, k, v)}
-    if len(dtypes) > 1 or not dtypes <= _tiles.DTYPES:
-        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected all bfloat16 or all float32"
     if g is None or g.ndim != 4:
         return "g is not a decay per channel"
-    if g.dtype != jnp.float32:
-        return f"g is {g.dtype}; expected float32"
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        return f"heads have {q.shape[-1]} key and {v.shape[-1]} value channels; expected at most {WIDEST}"
-    return None
+    return _tiles.declined(g, q=q, k=k, v=v)
 
 
 def channel_decay(
@@ -86,92 +75,40 @@ def channel_decay(
     Positions of padding come with k = 0 and g = 0. chunk_size: rounded up to 128, or to 256 at most; None is 128.
     interpret: as for `pallas_call`.
     """
-    plan = _plan(q.shape, v.shape, q.dtype.itemsize, chunk_size)
-    length, key_dim, value_dim = v.shape[1], q.shape[3], v.shape[3]
-    # On narrow matrix units what a backward pass holds longer costs more than the wait that it saves.
-    how = _How(plan, float(scale), DELAY if sizes().chunk > CHUNK else 0, interpret)
-    inputs = _Inputs(
-        *(_tiles.lay_out(x, plan, plan.key_dim) for x in (q, k)),
-        _tiles.lay_out(v, plan, plan.value_dim),
-        _tiles.lay_out(g, plan, plan.key_dim),
-        None if index is None else _tiles.lay_out_index(index, plan),
-    )
-    o, final = _run(how, inputs, jnp.swapaxes(_tiles.lay_out_state(initial, plan), 2, 3))
-    o = o.reshape(*o.shape[:2], plan.heads, plan.value_dim)
-    return o[:, :length, :, :value_dim], jnp.swapaxes(final, 2, 3)[:, :, :key_dim, :value_dim]
-
-
-def _plan(q_shape: tuple[int, ...], v_shape: tuple[int, ...], itemsize: int, chunk: int | None) -> Grid:
-    if q_shape[2] != v_shape[2]:
-        # The lanes of g, whose heads are those of v, are to divide among the steps as those of v do.
-        q_shape = (*q_shape[:3], _tiles.round_up(q_shape[3], _tiles.LANES))
-    # A power of two, as halves of blocks want it.
-    chunk = CHUNK if chunk is None or min(chunk, q_shape[1]) <= CHUNK else 2 * CHUNK
     limits = sizes()
-    step_bytes = min(limits.step_bytes, limits.memory // VMEM[itemsize])
-    return _tiles.grid(q_shape, v_shape, itemsize, limits._replace(step_bytes=step_bytes), chunk)
+    size, chunk = q.dtype.itemsize, _tiles.power_of_two(chunk_size, q.shape[1])
+    plan = _tiles.grid(q.shape, v.shape, size, limits.at_most(limits.memory // VMEM[size]), chunk, by_channel=True)
+    # On narrow matrix units what a backward pass holds longer costs more than the wait that it saves.
+    operator = _operator(backward_delay=DELAY if limits.wide_units else 0)
+    arrays = {"q": q, "k": k, "v": v, "g": g, "index": index}
+    return _matrix_state.run(operator, plan, arrays, initial, scale=scale, interpret=interpret)
 
 
-class _How(NamedTuple):
-    """backward_delay: of `_with_delay`, in the backward pass."""
-
-    plan: Grid
-    scale: float
-    backward_delay: int
-    interpret: Any
-
-
-class _Inputs(NamedTuple):
-    """As the grid reads them: see `Specs`."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    g: jax.Array
-    index: jax.Array | None
-
-    def with_specs(self, specs: Specs) -> dict[str, tuple[jax.Array | None, pl.BlockSpec]]:
-        blocks = (specs.keys(), specs.keys(), specs.values(), specs.key_decay(), specs.index())
-        return dict(zip(self._fields, zip(self, blocks)))
+@cache
+def _operator(*, backward_delay: int) -> Operator:
+    forward, backward = (
+        partial(_delayed, delay, products)
+        for delay, products in ((DELAY, _forward_products), (backward_delay, _backward_products))
+    )
+    return Operator("channel_decay", forward, backward, transposed=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(how: _How, inputs: _Inputs, initial: jax.Array) -> tuple[jax.Array, jax.Array]:
-    found = _forward(how, inputs, initial, keep=False)
-    return found.o, found.final
+def _delayed(delay: int, products: Callable, plan: Grid, scale: float, refs: SimpleNamespace) -> None:
+    """Runs `products` of a step to its end, and each function that it yields `delay` of its turns later.
 
-
-def _run_forward(how: _How, inputs: _Inputs, initial: jax.Array) -> tuple[tuple, tuple]:
-    def forward(inputs: _Inputs, initial: jax.Array) -> tuple[jax.Array, ...]:
-        found = _forward(how, inputs, initial, keep=True)
-        return found.o, found.final, found.entered
-
-    *outputs, entered = differentiated_once(NAME, forward)(inputs, initial)
-    return tuple(outputs), (inputs, entered)
-
-
-def _run_backward(how: _How, residuals: tuple, cotangents: tuple) -> tuple:
-    return differentiated_once(NAME, partial(_backward, how))(*residuals, *cotangents)
-
-
-_run.defvjp(_run_forward, _run_backward)
+    Matrix units take products in the order they are written: one that waits for another is written after some that do
+    not, of the next chunks.
+    """
+    waiting = []
+    for finish in products(plan, scale, refs):
+        waiting.append(finish)
+        if len(waiting) > delay:
+            waiting.pop(0)()
+    for finish in waiting:
+        finish()
 
 
 # ----- a chunk ------------------------------------------------------------------------------------------------------
-
-
-class _Chunk(NamedTuple):
-    """What the heads of a step share in one chunk: its positions within the step, and its documents."""
-
-    at: slice
-    marks: Marks
-
-
-def _chunks(refs: SimpleNamespace, plan: Grid) -> list[_Chunk]:
-    return [
-        _Chunk(at, _tiles.marks(None if refs.index is None else refs.index[0, :, at], plan.chunk))
-        for at in plan.chunks()
-    ]
 
 
 def _seen(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -196,7 +133,7 @@ class _Head(NamedTuple):
     through: jax.Array
 
 
-def _head(refs: SimpleNamespace, plan: Grid, scale: float, chunk: _Chunk, head: int) -> _Head:
+def _head(refs: SimpleNamespace, plan: Grid, scale: float, chunk: Chunk, head: int) -> _Head:
     at, marks, keys = chunk.at, chunk.marks, plan.key_lanes(head)
     decay = _channel_scores.decay(refs.g[0, at, plan.decay_lanes(head)])
     queries = _channel_scores.since_start(scale * refs.q[0, at, keys].astype(jnp.float32), decay)
@@ -210,72 +147,18 @@ def _head(refs: SimpleNamespace, plan: Grid, scale: float, chunk: _Chunk, head: 
     return _Head(decay, pairs, enter.astype(dtype), leave.astype(dtype), through)
 
 
-def _with_delay(products: Iterator[Callable[[], None]], delay: int) -> None:
-    """Runs `products` to its end, and each function that it yields `delay` of its steps later.
-
-    Matrix units take products in the order they are written: one that waits for another is written after some that do
-    not, of the next chunks.
-    """
-    waiting = []
-    for finish in products:
-        waiting.append(finish)
-        if len(waiting) > delay:
-            waiting.pop(0)()
-    for finish in waiting:
-        finish()
-
-
-# ----- forward ------------------------------------------------------------------------------------------------------
-
-
-def _forward(how: _How, inputs: _Inputs, initial: jax.Array, *, keep: bool) -> SimpleNamespace:
-    """Outputs, the final state, and where they are kept the states that entered each step."""
-    plan = how.plan
-    specs, state = Specs(plan), (plan.value_dim, plan.key_dim)
-    entered = jax.ShapeDtypeStruct((plan.rows, plan.blocks, plan.heads, *state), jnp.float32)
-    return _tiles.run(
-        partial(_forward_step, plan, how.scale),
-        name="channel_decay_forward",
-        plan=plan,
-        inputs={**inputs.with_specs(specs), "initial": (initial, specs.state(*state))},
-        outputs={
-            "o": (jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype), specs.values()),
-            "final": (jax.ShapeDtypeStruct(initial.shape, jnp.float32), specs.state(*state)),
-            "entered": (entered, specs.entered(*state)) if keep else None,
-        },
-        scratch={"S": (plan.step_heads, *state)},
-        interpret=how.interpret,
-    )
-
-
-def _forward_step(plan: Grid, scale: float, refs: SimpleNamespace) -> None:
-    step = pl.program_id(2)
-
-    @pl.when(step == 0)
-    def _():
-        refs.S[...] = refs.initial[0]
-
-    if refs.entered is not None:
-        refs.entered[0, 0] = refs.S[...]
-    _with_delay(_forward_products(plan, scale, refs), DELAY)
-
-    @pl.when(step == plan.blocks - 1)
-    def _():
-        refs.final[0] = refs.S[...]
-
-
 def _forward_products(plan: Grid, scale: float, refs: SimpleNamespace) -> Iterator[Callable[[], None]]:
     """Yields for each head and chunk what finishes it."""
 
     def finish(at: slice, values: slice, A: jax.Array, from_state: jax.Array) -> None:
         refs.o[0, at, values] = (product(A, refs.v[0, at, values]) + from_state).astype(refs.o.dtype)
 
-    chunks, dtype = _chunks(refs, plan), refs.v.dtype
+    of_step, dtype = chunks(refs, plan), refs.v.dtype
     for head in range(plan.step_heads):
         values = plan.value_lanes(head)
         S = refs.S[head]
-        for chunk in chunks:
-            at, marks = chunk
+        for chunk in of_step:
+            at, marks = chunk.at, chunk.marks
             x = _head(refs, plan, scale, chunk, head)
             from_state = product_nt(x.enter, S.astype(dtype))
             S = S * x.through + product_tn(refs.v[0, at, values], x.leave)
@@ -284,59 +167,9 @@ def _forward_products(plan: Grid, scale: float, refs: SimpleNamespace) -> Iterat
         refs.S[head] = S
 
 
-# ----- backward -----------------------------------------------------------------------------------------------------
-
-
-def _backward(
-    how: _How, inputs: _Inputs, entered: jax.Array, do: jax.Array, d_final: jax.Array
-) -> tuple[_Inputs, jax.Array]:
-    """Cotangents of the inputs and of the initial state."""
-    plan = how.plan
-    specs, state = Specs(plan, backwards=True), (plan.value_dim, plan.key_dim)
-    # Parts of a sum are not rounded before it.
-    dtype = inputs.q.dtype if plan.shares == 1 else jnp.float32
-    parts = jax.ShapeDtypeStruct((*inputs.q.shape[:2], inputs.q.shape[2] * plan.shares), dtype)
-    found = _tiles.run(
-        partial(_backward_step, plan, how.scale, how.backward_delay),
-        name="channel_decay_backward",
-        plan=plan,
-        inputs={
-            **inputs.with_specs(specs),
-            "entered": (entered, specs.entered(*state)),
-            "do": (do, specs.values()),
-            "d_final": (d_final, specs.state(*state)),
-        },
-        outputs={
-            "dq": (parts, specs.key_gradients()),
-            "dk": (parts, specs.key_gradients()),
-            "dv": (jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype), specs.values()),
-            "dg": (jax.ShapeDtypeStruct(inputs.g.shape, jnp.float32), specs.key_decay()),
-            "d_initial": (jax.ShapeDtypeStruct(d_final.shape, jnp.float32), specs.state(*state)),
-        },
-        scratch={"dS": (plan.step_heads, *state)},
-        interpret=how.interpret,
-    )
-    dq, dk = (_tiles.sum_shares(x, plan).astype(inputs.q.dtype) for x in (found.dq, found.dk))
-    return _Inputs(dq, dk, found.dv, found.dg, None), found.d_initial
-
-
-def _backward_step(plan: Grid, scale: float, delay: int, refs: SimpleNamespace) -> None:
-    step = pl.program_id(2)
-
-    @pl.when(step == 0)
-    def _():
-        refs.dS[...] = refs.d_final[0]
-
-    _with_delay(_backward_products(plan, scale, refs), delay)
-
-    @pl.when(step == plan.blocks - 1)
-    def _():
-        refs.d_initial[0] = refs.dS[...]
-
-
 def _backward_products(plan: Grid, scale: float, refs: SimpleNamespace) -> Iterator[Callable[[], None]]:
     """Yields for each head and chunk what finishes it."""
-    shared = {}
+    key_gradients = KeyGradients(plan, refs)
 
     def finish(
         head: int,
@@ -356,21 +189,18 @@ def _backward_products(plan: Grid, scale: float, refs: SimpleNamespace) -> Itera
         dq = scale * dq
         q, k = (ref[0, at, keys].astype(jnp.float32) for ref in (refs.q, refs.k))
         refs.dg[0, at, plan.decay_lanes(head)] = _channel_scores.sums_from(q * dq - k * dk, kept)
-        if head % plan.sharing:
-            dq, dk = shared[at.start][0] + dq, shared[at.start][1] + dk
-        shared[at.start] = dq, dk
-        if (head + 1) % plan.sharing == 0:
-            refs.dq[0, at, keys], refs.dk[0, at, keys] = dq.astype(refs.dq.dtype), dk.astype(refs.dk.dtype)
+        key_gradients.add(head, at, dq, dk)
 
-    chunks, dtype = _chunks(refs, plan), refs.v.dtype
+    of_step, dtype = chunks(refs, plan), refs.v.dtype
     for head in range(plan.step_heads):
         values = plan.value_lanes(head)
-        of_chunks = [_head(refs, plan, scale, chunk, head) for chunk in chunks]
+        of_chunks = [_head(refs, plan, scale, chunk, head) for chunk in of_step]
         states = [refs.entered[0, 0, head]]
-        for (at, _), x in zip(chunks, of_chunks):
-            states.append(states[-1] * x.through + product_tn(refs.v[0, at, values], x.leave))
+        for chunk, x in zip(of_step, of_chunks):
+            states.append(states[-1] * x.through + product_tn(refs.v[0, chunk.at, values], x.leave))
         dS = refs.dS[head]
-        for (at, marks), x in zip(chunks[::-1], of_chunks[::-1]):
+        for chunk, x in zip(of_step[::-1], of_chunks[::-1]):
+            at, marks = chunk.at, chunk.marks
             v, do = refs.v[0, at, values], refs.do[0, at, values]
             S_after, S_before, dS_after = states.pop(), states[-1].astype(dtype), dS.astype(dtype)
             both = jnp.where(marks.pairs, product_nt(do, v), jnp.where(marks.pairs_t, product_nt(v, do), 0.0))

@@ -49,25 +49,20 @@ every second unit are upper triangular: such a unit is flipped, it has the trans
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
-from pallas_kernels.once import differentiated_once
-from pallas_kernels.tpu import _channel_scores, _tiles
+from pallas_kernels.tpu import _channel_scores, _matrix_state, _tiles
 from pallas_kernels.tpu._channel_scores import Decay, Meetings
 from pallas_kernels.tpu._generations import sizes
-from pallas_kernels.tpu._tiles import Grid, Specs, beside, product, product_nt, product_tn
+from pallas_kernels.tpu._matrix_state import KeyGradients, Operator
+from pallas_kernels.tpu._scalar_decay import DecayGradient, Weights, pair_decay, sums, times, weights
+from pallas_kernels.tpu._tiles import Chunk, Grid, beside, chunks, product, product_nt, product_tn
 from pallas_kernels.tpu._triangular_inverse import inverses
-from pallas_kernels.tpu.linear_attention import _Chunk, _chunks, _pair_decay, _sums, _times, _Weights, _weights
 
-NAME = "delta_rule on TPU"
-WIDEST = 256
-CHUNK = 128
 # Bytes of one operand that a step reads. Longer ones are up to a tenth faster, and take twice as long to compile.
 STEP_BYTES = 1 << 19
 # What a step of the backward pass takes of VMEM, in bytes of one operand: without and with decay per channel.
@@ -76,16 +71,9 @@ VMEM, CHANNEL_VMEM = 60, 100
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array | None) -> str | None:
     """Why the kernel cannot compute this, or None."""
-    dtypes = {x.dtype for x in (q, k, v)}
-    if len(dtypes) > 1 or not dtypes <= _tiles.DTYPES:
-        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected all bfloat16 or all float32"
     if not jnp.issubdtype(beta.dtype, jnp.floating):
         return f"beta is {beta.dtype}; expected a floating-point type"
-    if g is not None and g.dtype != jnp.float32:
-        return f"g is {g.dtype}; expected float32"
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        return f"heads have {q.shape[-1]} key and {v.shape[-1]} value channels; expected at most {WIDEST}"
-    return None
+    return _tiles.declined(g, q=q, k=k, v=v)
 
 
 def delta_rule(
@@ -103,84 +91,15 @@ def delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs [b, t, hv, v] in v's dtype and the final state, equation (1).
 
-    Positions of padding come with k = 0 and g = 0. chunk_size: rounded up to 128 or 256; None is 128.
+    Positions of padding come with k = 0 and g = 0. chunk_size: rounded up to 128, or to 256 at most; None is 128.
     interpret: as for `pallas_call`.
     """
-    plan = _plan(q.shape, v.shape, q.dtype.itemsize, chunk_size, by_channel=g is not None and g.ndim == 4)
-    length, value_dim = v.shape[1], v.shape[3]
-    how = _How(plan, float(scale), interpret)
-    inputs = _Inputs(
-        *(_tiles.lay_out(x, plan, plan.key_dim) for x in (q, k)),
-        _tiles.lay_out(v, plan, plan.value_dim),
-        _tiles.lay_out_decay(beta.astype(jnp.float32), plan),
-        None if g is None else _tiles.lay_out_decay(g, plan) if g.ndim == 3 else _tiles.lay_out(g, plan, plan.key_dim),
-        None if index is None else _tiles.lay_out_index(index, plan),
-    )
-    o, final = _run(how, inputs, _tiles.lay_out_state(initial, plan))
-    o = o.reshape(*o.shape[:2], plan.heads, plan.value_dim)
-    return o[:, :length, :, :value_dim], final[:, :, : q.shape[3], :value_dim]
-
-
-def _plan(
-    q_shape: tuple[int, ...], v_shape: tuple[int, ...], itemsize: int, chunk: int | None, *, by_channel: bool
-) -> Grid:
-    if by_channel and q_shape[2] != v_shape[2]:
-        # The lanes of g, whose heads are those of v, are to divide among the steps as those of v do.
-        q_shape = (*q_shape[:3], _tiles.round_up(q_shape[3], _tiles.LANES))
-    # The inverse merges blocks of equal size: powers of two.
-    chunk = 128 if (chunk or CHUNK) <= 128 or q_shape[1] <= 128 else 256
-    limits = sizes()
-    step_bytes = min(STEP_BYTES, limits.memory // (CHANNEL_VMEM if by_channel else VMEM))
-    return _tiles.grid(q_shape, v_shape, itemsize, limits._replace(step_bytes=step_bytes), chunk)
-
-
-class _How(NamedTuple):
-    plan: Grid
-    scale: float
-    interpret: Any
-
-
-class _Inputs(NamedTuple):
-    """As the grid reads them: see `Specs`."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    beta: jax.Array
-    g: jax.Array | None
-    index: jax.Array | None
-
-    @property
-    def by_channel(self) -> bool:
-        """g: [b, t, hv * k], not as beta."""
-        return self.g is not None and self.g.ndim == 3
-
-    def with_specs(self, specs: Specs) -> dict[str, tuple[jax.Array | None, pl.BlockSpec]]:
-        decay = specs.key_decay() if self.by_channel else specs.decay()
-        blocks = (specs.keys(), specs.keys(), specs.values(), specs.decay(), decay, specs.index())
-        return dict(zip(self._fields, zip(self, blocks)))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(how: _How, inputs: _Inputs, initial: jax.Array) -> tuple[jax.Array, jax.Array]:
-    found = _forward(how, inputs, initial, keep=False)
-    return found.o, found.final
-
-
-def _run_forward(how: _How, inputs: _Inputs, initial: jax.Array) -> tuple[tuple, tuple]:
-    def forward(inputs: _Inputs, initial: jax.Array) -> tuple[jax.Array, ...]:
-        found = _forward(how, inputs, initial, keep=True)
-        return found.o, found.final, found.entered
-
-    *outputs, entered = differentiated_once(NAME, forward)(inputs, initial)
-    return tuple(outputs), (inputs, entered)
-
-
-def _run_backward(how: _How, residuals: tuple, cotangents: tuple) -> tuple:
-    return differentiated_once(NAME, partial(_backward, how))(*residuals, *cotangents)
-
-
-_run.defvjp(_run_forward, _run_backward)
+    by_channel = g is not None and g.ndim == 4
+    limits, chunk = sizes(), _tiles.power_of_two(chunk_size, q.shape[1])
+    limits = limits.at_most(min(STEP_BYTES, limits.memory // (CHANNEL_VMEM if by_channel else VMEM)))
+    plan = _tiles.grid(q.shape, v.shape, q.dtype.itemsize, limits, chunk, by_channel=by_channel)
+    arrays = {"q": q, "k": k, "v": v, "beta": beta.astype(jnp.float32), "g": g, "index": index}
+    return _matrix_state.run(OPERATOR, plan, arrays, initial, scale=scale, interpret=interpret)
 
 
 # ----- units --------------------------------------------------------------------------------------------------------
@@ -198,11 +117,11 @@ class _Unit(NamedTuple):
 
     number: int
     head: int
-    chunk: _Chunk
+    chunk: Chunk
     flipped: bool
     keys: slice
     values: slice
-    weights: _Weights
+    weights: Weights
     beta: jax.Array
 
     def pairs(self, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -217,7 +136,7 @@ class _Unit(NamedTuple):
 
     def decay(self) -> jax.Array:
         """D, 0 where one position does not see the other."""
-        return _pair_decay(self.weights, self.chunk.marks, transposed=self.flipped)
+        return pair_decay(self.weights, self.chunk.marks, transposed=self.flipped)
 
 
 def _by_channel(refs: SimpleNamespace) -> bool:
@@ -226,18 +145,18 @@ def _by_channel(refs: SimpleNamespace) -> bool:
 
 def _units(refs: SimpleNamespace, plan: Grid) -> list[list[_Unit]]:
     """Of each chunk, its heads."""
-    chunks = _chunks(refs, plan)
-    sums = None if _by_channel(refs) else _sums(refs, plan, chunks)
-    columns = _columns(jnp.concatenate([refs.beta[0, 0, :, chunk.at] for chunk in chunks], axis=0))
+    of_step = chunks(refs, plan)
+    b = None if _by_channel(refs) else sums(refs, plan, of_step)
+    columns = _columns(jnp.concatenate([refs.beta[0, 0, :, chunk.at] for chunk in of_step], axis=0))
     found = []
-    for chunk in chunks:
+    for chunk in of_step:
         units = []
         for head in range(plan.step_heads):
             number = chunk.units[head]
             beta = jnp.broadcast_to(columns[:, number : number + 1], (plan.chunk, _tiles.LANES))
             lanes = plan.key_lanes(head), plan.value_lanes(head)
-            weights = _weights(sums, chunk, head)
-            units.append(_Unit(number, head, chunk, number % 2 == 1, *lanes, weights, beta))
+            w = weights(b, chunk, head)
+            units.append(_Unit(number, head, chunk, number % 2 == 1, *lanes, w, beta))
         found.append(units)
     return found
 
@@ -316,7 +235,7 @@ def _channels(refs: SimpleNamespace, plan: Grid, unit: _Unit) -> _Channels:
     decay = _channel_scores.decay(refs.g[0, at, plan.decay_lanes(unit.head)])
     q, k = (ref[0, at, unit.keys].astype(jnp.float32) for ref in (refs.q, refs.k))
     queries = _channel_scores.since_start(q, decay)
-    corrections = _channel_scores.since_start(_times(k, unit.beta), decay)
+    corrections = _channel_scores.since_start(times(k, unit.beta), decay)
     keys = _channel_scores.until_end(k, decay)
     q_in, k_in, k_out = (x.blocks[-1].astype(dtype) for x in (queries, corrections, keys))
     queries, corrections = (_channel_scores.meetings(x, keys, dtype) for x in (queries, corrections))
@@ -331,7 +250,7 @@ def _channel_scores_of(refs: SimpleNamespace, plan: Grid, unit: _Unit) -> _Score
         jnp.where(pairs, _channel_scores.scores(m, transposed=unit.flipped), 0.0) for m in (x.corrections, x.queries)
     )
     through = jnp.broadcast_to(x.decay.through[-1][:1], (_tiles.LANES, x.k_in.shape[1]))
-    through = _times(jnp.transpose(through), w.through)
+    through = times(jnp.transpose(through), w.through)
     return _Scores(N, A.astype(x.k_in.dtype), x.q_in, x.k_in, x.k_out, w.enter, through)
 
 
@@ -354,43 +273,11 @@ def _correct(
 # ----- forward ------------------------------------------------------------------------------------------------------
 
 
-def _forward(how: _How, inputs: _Inputs, initial: jax.Array, *, keep: bool) -> SimpleNamespace:
-    """Outputs, the final state, and where they are kept the states that entered each step."""
-    plan = how.plan
-    specs, state = Specs(plan), (plan.key_dim, plan.value_dim)
-    entered = jax.ShapeDtypeStruct((plan.rows, plan.blocks, plan.heads, *state), jnp.float32)
-    return _tiles.run(
-        partial(_forward_step, plan, how.scale),
-        name="delta_rule_forward",
-        plan=plan,
-        inputs={**inputs.with_specs(specs), "initial": (initial, specs.state(*state))},
-        outputs={
-            "o": (jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype), specs.values()),
-            "final": (jax.ShapeDtypeStruct(initial.shape, jnp.float32), specs.state(*state)),
-            "entered": (entered, specs.entered(*state)) if keep else None,
-        },
-        scratch={"S": (plan.step_heads, *state)},
-        interpret=how.interpret,
-    )
-
-
 def _forward_step(plan: Grid, scale: float, refs: SimpleNamespace) -> None:
-    step = pl.program_id(2)
-
-    @pl.when(step == 0)
-    def _():
-        refs.S[...] = refs.initial[0]
-
-    if refs.entered is not None:
-        refs.entered[0, 0] = refs.S[...]
     states = [refs.S[head] for head in range(plan.step_heads)]
     _walk(refs, plan, _units(refs, plan), states, scale, outputs=True)
     for head, S in enumerate(states):
         refs.S[head] = S
-
-    @pl.when(step == plan.blocks - 1)
-    def _():
-        refs.final[0] = refs.S[...]
 
 
 class _Found(NamedTuple):
@@ -406,7 +293,7 @@ class _Found(NamedTuple):
 def _walk(
     refs: SimpleNamespace,
     plan: Grid,
-    chunks: Sequence[Sequence[_Unit]],
+    of_step: Sequence[Sequence[_Unit]],
     states: list[jax.Array],
     scale: float,
     *,
@@ -421,19 +308,19 @@ def _walk(
         S = states[unit.head]
         # Of keys and queries together: S is loaded into the matrix units once.
         read = product(jnp.concatenate([x.k_in, x.q_in], axis=0) if outputs else x.k_in, S.astype(dtype))
-        R = _times(refs.v[0, at, values], unit.beta) - _times(read[: plan.chunk], x.erase)
+        R = times(refs.v[0, at, values], unit.beta) - times(read[: plan.chunk], x.erase)
         yield
         Y = unit.apply(T, R.astype(dtype))
         yield
-        S_after = _times(S, x.through) + product_tn(x.k_out, _times(Y, w.leave).astype(dtype))
+        S_after = times(S, x.through) + product_tn(x.k_out, times(Y, w.leave).astype(dtype))
         found[unit.number], states[unit.head] = _Found(x, T, S, Y.astype(dtype), S_after), S_after
         if outputs:
-            o = scale * (_times(read[plan.chunk :], w.enter) + unit.apply(x.A, Y.astype(dtype)))
+            o = scale * (times(read[plan.chunk :], w.enter) + unit.apply(x.A, Y.astype(dtype)))
             refs.o[0, at, values] = o.astype(dtype)
 
-    units = [unit for heads in chunks for unit in heads]
+    units = [unit for heads in of_step for unit in heads]
     _in_turns(_correct(refs, plan, units[n : n + 2], corrected) for n in range(0, len(units), 2))
-    for heads in chunks:
+    for heads in of_step:
         _in_turns(advance(unit) for unit in heads)
     return found
 
@@ -441,124 +328,62 @@ def _walk(
 # ----- backward -----------------------------------------------------------------------------------------------------
 
 
-def _backward(
-    how: _How, inputs: _Inputs, entered: jax.Array, do: jax.Array, d_final: jax.Array
-) -> tuple[_Inputs, jax.Array]:
-    """Cotangents of the inputs and of the initial state."""
-    plan = how.plan
-    specs, state = Specs(plan, backwards=True), (plan.key_dim, plan.value_dim)
-    # Parts of a sum are not rounded before it.
-    dtype = inputs.q.dtype if plan.shares == 1 else jnp.float32
-    parts = jax.ShapeDtypeStruct((*inputs.q.shape[:2], inputs.q.shape[2] * plan.shares), dtype)
-    numbers = (jax.ShapeDtypeStruct(inputs.beta.shape, jnp.float32), specs.decay())
-    dg = None if inputs.g is None else numbers
-    if inputs.by_channel:
-        dg = jax.ShapeDtypeStruct(inputs.g.shape, jnp.float32), specs.key_decay()
-    found = _tiles.run(
-        partial(_backward_step, plan, how.scale),
-        name="delta_rule_backward",
-        plan=plan,
-        inputs={
-            **inputs.with_specs(specs),
-            "entered": (entered, specs.entered(*state)),
-            "do": (do, specs.values()),
-            "d_final": (d_final, specs.state(*state)),
-        },
-        outputs={
-            "dq": (parts, specs.key_gradients()),
-            "dk": (parts, specs.key_gradients()),
-            "dv": (jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype), specs.values()),
-            "dbeta": numbers,
-            "dg": dg,
-            "d_initial": (jax.ShapeDtypeStruct(d_final.shape, jnp.float32), specs.state(*state)),
-        },
-        scratch={"dS": (plan.step_heads, *state)},
-        interpret=how.interpret,
-    )
-    dq, dk = (_tiles.sum_shares(x, plan).astype(inputs.q.dtype) for x in (found.dq, found.dk))
-    return _Inputs(dq, dk, found.dv, found.dbeta, found.dg, None), found.d_initial
-
-
 def _backward_step(plan: Grid, scale: float, refs: SimpleNamespace) -> None:
-    step = pl.program_id(2)
-
-    @pl.when(step == 0)
-    def _():
-        refs.dS[...] = refs.d_final[0]
-
     dtype = refs.v.dtype
-    chunks = _units(refs, plan)
+    of_step = _units(refs, plan)
     states = [refs.entered[0, 0, head] for head in range(plan.step_heads)]
-    found = _walk(refs, plan, chunks, states, scale, outputs=False)
+    found = _walk(refs, plan, of_step, states, scale, outputs=False)
     cotangents = [refs.dS[head] for head in range(plan.step_heads)]
-    columns = {"beta": None, "from here": None, "up to here": None}
+    key_gradients, decay_gradient = KeyGradients(plan, refs), DecayGradient()
+    dbeta = None
 
-    def put(name: str, unit: _Unit, column: jax.Array) -> None:
-        columns[name] = _tiles.put_column(columns[name], unit.number, column)
-
-    def differentiate(unit: _Unit, shared: dict[str, jax.Array]) -> Iterator[None]:
+    def differentiate(unit: _Unit) -> Iterator[None]:
+        nonlocal dbeta
         at, keys, values, w = unit.chunk.at, unit.keys, unit.values, unit.weights
         q, k, v, do = refs.q[0, at, keys], refs.k[0, at, keys], refs.v[0, at, values], refs.do[0, at, values]
         (x, T, S, Y, S_after), dS = found[unit.number], cotangents[unit.head]
         S_before, dS_after = S.astype(dtype), dS.astype(dtype)
         dA = _pairs_cotangent(refs, unit, do, Y, scale=scale)
-        dY = _times(product(x.k_out, dS_after), w.leave)
+        dY = times(product(x.k_out, dS_after), w.leave)
         yield
         dY += scale * unit.apply_transposed(x.A, do)
         yield
         dR = unit.apply_transposed(T, dY.astype(dtype))
-        d_queries = scale * _times(product_nt(do, S_before), w.enter)
+        d_queries = scale * times(product_nt(do, S_before), w.enter)
         yield
-        refs.dv[0, at, values] = _times(dR, unit.beta).astype(dtype)
-        dS_before = product_tn(x.q_in, (scale * _times(do, w.enter)).astype(dtype))
-        dS_before -= product_tn(x.k_in, _times(dR, x.erase).astype(dtype))
-        cotangents[unit.head] = _times(dS, x.through) + dS_before
+        refs.dv[0, at, values] = times(dR, unit.beta).astype(dtype)
+        dS_before = product_tn(x.q_in, (scale * times(do, w.enter)).astype(dtype))
+        dS_before -= product_tn(x.k_in, times(dR, x.erase).astype(dtype))
+        cotangents[unit.head] = times(dS, x.through) + dS_before
         dR_ = dR.astype(dtype)
         H = _pairs_cotangent(refs, unit, dR_, Y, scale=-1.0, strict=True)
         yield
-        d_corrections = -_times(product_nt(dR_, S_before), w.enter)
-        d_keys = _times(product_nt(Y, dS_after), w.leave)
+        d_corrections = -times(product_nt(dR_, S_before), w.enter)
+        d_keys = times(product_nt(Y, dS_after), w.leave)
         dq, dx, dk = _rows_cotangents(refs, plan, unit, (dA, H), (d_queries, d_corrections, d_keys))
         yield
         q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-        put("beta", unit, _sum(v.astype(jnp.float32) * dR) + _sum(k * dx))
-        corrections = _times(dx, unit.beta)
+        dbeta = _tiles.put_column(dbeta, unit.number, _sum(v.astype(jnp.float32) * dR) + _sum(k * dx))
+        corrections = times(dx, unit.beta)
         if _by_channel(refs):
             through = jnp.sum(jnp.transpose(dS * S_after), axis=0, keepdims=True)
             dg = _channel_scores.sums_from(q * dq + k * (corrections - dk), through)
             refs.dg[0, at, plan.decay_lanes(unit.head)] = dg
         elif refs.g is not None:
-            through = _sum(jnp.sum(_times(dS, x.through) * S, axis=0, keepdims=True))
-            position = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
-            # The end is in every sum.
-            through = jnp.where(position == plan.chunk - 1, through, 0.0)
-            put("from here", unit, _sum(q * dq + k * (corrections - dk + d_keys)) + through)
-            put("up to here", unit, _sum(k * d_keys))
-        dk += corrections
-        if unit.head % plan.sharing:
-            dq, dk = shared["dq"] + dq, shared["dk"] + dk
-        shared.update(dq=dq, dk=dk)
-        if (unit.head + 1) % plan.sharing == 0:
-            refs.dq[0, at, keys], refs.dk[0, at, keys] = dq.astype(refs.dq.dtype), dk.astype(refs.dk.dtype)
+            from_here, up_to_here = _sum(q * dq + k * (corrections - dk + d_keys)), _sum(k * d_keys)
+            decay_gradient.put(unit.number, from_here, up_to_here, times(dS, x.through) * S)
+        key_gradients.add(unit.head, at, dq, dk + corrections)
 
-    for units in reversed(chunks):
-        shared = {}
-        _in_turns(differentiate(unit, shared) for unit in units)
+    for units in reversed(of_step):
+        _in_turns(differentiate(unit) for unit in units)
     for head, dS in enumerate(cotangents):
         refs.dS[head] = dS
-    number = len(chunks) * plan.step_heads
-    rows = {name: jnp.transpose(x)[:number] for name, x in columns.items() if x is not None}
-    for chunk in (units[0].chunk for units in chunks):
-        refs.dbeta[0, 0, :, chunk.at] = rows["beta"][chunk.units.start : chunk.units.stop]
-    if "from here" in rows:
-        ones, up_to_here = _tiles.triangle(plan.chunk), rows["up to here"]
-        dg = _tiles.sums_from(rows["from here"], ones) + _tiles.sums_to(up_to_here, ones)[0] - up_to_here
-        for chunk in (units[0].chunk for units in chunks):
-            refs.dg[0, 0, :, chunk.at] = dg[chunk.units.start : chunk.units.stop]
-
-    @pl.when(step == plan.blocks - 1)
-    def _():
-        refs.d_initial[0] = refs.dS[...]
+    of_chunks = [units[0].chunk for units in of_step]
+    rows = jnp.transpose(dbeta)
+    for chunk in of_chunks:
+        refs.dbeta[0, 0, :, chunk.at] = rows[chunk.units.start : chunk.units.stop]
+    if refs.g is not None and not _by_channel(refs):
+        decay_gradient.write(refs, plan, of_chunks)
 
 
 def _pairs_cotangent(
@@ -599,10 +424,13 @@ def _rows_cotangents(
     q, k = (ref[0, unit.chunk.at, unit.keys] for ref in (refs.q, refs.k))
     dq += unit.apply(dA, k)
     dx += unit.apply(H, k)
-    dk += unit.apply_transposed(dA, q) + unit.apply_transposed(H, _times(k, unit.beta).astype(k.dtype))
+    dk += unit.apply_transposed(dA, q) + unit.apply_transposed(H, times(k, unit.beta).astype(k.dtype))
     return dq, dx, dk
 
 
 def _sum(x: jax.Array) -> jax.Array:
     """[c, d] -> [c, 1]."""
     return jnp.sum(x, axis=1, keepdims=True)
+
+
+OPERATOR = Operator("delta_rule", _forward_step, _backward_step)

@@ -54,20 +54,14 @@ from pallas_kernels.tpu._generations import sizes
 from pallas_kernels.tpu._tiles import LANES, Grid, Specs, beside, product, product_nt, product_tn
 
 NAME = "neural_memory on TPU"
-WIDEST = 256
 MINI_BATCHES = (16, 32, 64, 128)
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, mini_batch: int) -> str | None:
     """Why the kernel cannot compute this, or None."""
-    dtypes = {x.dtype for x in (q, k, v)}
-    if len(dtypes) > 1 or not dtypes <= _tiles.DTYPES:
-        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected all bfloat16 or all float32"
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        return f"heads have {q.shape[-1]} key and {v.shape[-1]} value channels; expected at most {WIDEST}"
     if mini_batch not in MINI_BATCHES:
         return f"mini_batch={mini_batch}; expected one of {MINI_BATCHES}"
-    return None
+    return _tiles.declined(q=q, k=k, v=v)
 
 
 def neural_memory(
@@ -109,7 +103,8 @@ def neural_memory(
 
 def _grid(q: jax.Array, v: jax.Array, mini_batch: int, chunk_size: int) -> Grid:
     """Steps of `chunk_size` tokens of several heads; the chunks within are tiles of 128."""
-    plan = _tiles.grid(q.shape, v.shape, q.dtype.itemsize, sizes(), LANES)
+    limits = sizes()
+    plan = _tiles.grid(q.shape, v.shape, q.dtype.itemsize, limits, LANES)
     block = min(_tiles.round_up(chunk_size, LANES), _tiles.round_up(q.shape[1], LANES))
     # What the backward pass has in VMEM: the states of every mini-batch, twice those that come and go, and blocks.
     state = 4 * plan.key_dim * plan.value_dim
@@ -117,7 +112,7 @@ def _grid(q: jax.Array, v: jax.Array, mini_batch: int, chunk_size: int) -> Grid:
     most = max(1, plan.memory // of_head)
     dims = plan.key_dim, plan.value_dim
     heads = min(plan.step_heads, most)
-    heads = _tiles.step_heads(plan.rows, plan.heads, plan.heads, *dims, heads) or plan.step_heads
+    heads = _tiles.step_heads(plan.rows, plan.heads, plan.heads, *dims, heads, cores=limits.cores) or plan.step_heads
     return plan._replace(block=block, positions=_tiles.round_up(q.shape[1], block), step_heads=heads)
 
 

@@ -73,9 +73,7 @@ def chunk_length(
 def cut_inputs(q: Array, k: Array, v: Array, g: Array | None, docs: Documents | None, size: int) -> Inputs:
     """Arrays [b, t, ...] in chunks of `size` positions. At padding k and g are 0: nothing is written or forgotten."""
     if docs is not None:
-        k = jnp.where(docs.real[..., None, None], k, 0)
-        if g is not None:
-            g = jnp.where(docs.real.reshape(docs.real.shape + (1,) * (g.ndim - 2)), g, 0)
+        k, g = _scan.zero_at_padding(docs, k, g)
     g = None if g is None else g.reshape(*g.shape[:3], -1)
     return Inputs(*(None if x is None else cut(x, size) for x in (q, k, v, g)), *cut_index(docs, size))
 

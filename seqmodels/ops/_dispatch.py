@@ -9,7 +9,7 @@ import jax
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, SegmentIds
 from seqmodels.ops import _mesh, _scan, _sequence_parallel
-from seqmodels.ops._op import Inputs, Options, SeqOp, State
+from seqmodels.ops._op import Inputs, Kernel, Options, SeqOp, State
 from seqmodels.ops._scan import Documents
 from seqmodels.ops._sequence_parallel import flip_documents, read_backwards
 
@@ -117,16 +117,23 @@ def _run_here(
         return implementation(arrays, state, docs)
     asked = {**options, "chunk_size": chunk_size, "documents": docs is not None}
     if backend != "auto":
-        reason = op.kernels[backend].supports(arrays, asked)
+        reason = _why_not(op.kernels[backend], arrays, asked)
         if reason:
             raise InputError(f"{op.name}: backend {backend!r} cannot run this: {reason}")
         return op.kernels[backend].call(arrays, state, docs, chunk_size=chunk_size, options=options)
     chosen = {}
     for name, kernel in op.kernels.items():
-        if kernel.platform not in chosen and kernel.supports(arrays, asked) is None:
+        if kernel.platform not in chosen and _why_not(kernel, arrays, asked) is None:
             _log_once(f"{op.name}: backend {name} where it is lowered for {kernel.platform}")
             chosen[kernel.platform] = functools.partial(kernel.call, chunk_size=chunk_size, options=options)
     return jax.lax.platform_dependent(arrays, state, docs, default=implementation, **chosen)
+
+
+def _why_not(kernel: Kernel, arrays: Inputs, asked: Options) -> str | None:
+    """The partitioner cannot split a kernel: it sees whole arrays."""
+    if _mesh.is_spread():
+        return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
+    return kernel.supports(arrays, asked)
 
 
 def _whole(op: SeqOp, arrays: Inputs, docs: Documents | None, options: Options, how: _How) -> Array:

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from seqmodels.notation import Array
-from seqmodels.ops import _mesh
+from seqmodels.ops import _scan
 from seqmodels.ops._linear_attention_chunked import EPSILON
 from seqmodels.ops._op import Inputs, Kernel, Options
 from seqmodels.ops._scan import Documents
@@ -32,8 +32,6 @@ def kernel(platform: str, name: str, by_channel: str | None = None) -> Kernel:
         return module, module.linear_attention
 
     def supports(arrays: Inputs, options: Options) -> str | None:
-        if _mesh.is_spread():
-            return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
         q, k, v, g = (arrays[name] for name in "qkvg")
         v = _with_ones(v) if options["normalize"] else v
         module, _ = module_and_function(g)
@@ -47,7 +45,7 @@ def kernel(platform: str, name: str, by_channel: str | None = None) -> Kernel:
         q, k, v, g = (arrays[name] for name in "qkvg")
         S, index = state, None
         if docs is not None:
-            k, g = neutral_at_padding(docs, k, g)
+            k, g = _scan.zero_at_padding(docs, k, g)
             index = docs.index
         if options["normalize"]:
             S, v = jnp.concatenate([state.S, state.z[..., None]], axis=-1), _with_ones(v)
@@ -58,18 +56,9 @@ def kernel(platform: str, name: str, by_channel: str | None = None) -> Kernel:
             o = o.astype(S.dtype)
             o = (o[..., :-1] / (o[..., -1:] + EPSILON)).astype(v.dtype)
             S = type(state)(S[..., :-1], S[..., -1])
-        return o if docs is None else jnp.where(docs.real[..., None, None], o, 0), S
+        return o if docs is None else _scan.zero_at_padding(docs, o)[0], S
 
     return Kernel(platform, supports, call)
-
-
-def neutral_at_padding(docs: Documents, *arrays: Array | None) -> tuple[Array | None, ...]:
-    """The arrays [b, t, ...] with zeros at padding."""
-
-    def masked(x: Array | None) -> Array | None:
-        return None if x is None else jnp.where(docs.real.reshape(docs.real.shape + (1,) * (x.ndim - 2)), x, 0)
-
-    return tuple(masked(x) for x in arrays)
 
 
 def _with_ones(v: Array) -> Array:

@@ -56,6 +56,15 @@ def backwards(docs: Documents) -> Documents:
     return documents(jnp.flip(jnp.where(docs.real, docs.index + 1, 0), axis=1))
 
 
+def zero_at_padding(docs: Documents, *arrays: Array | None) -> tuple[Array | None, ...]:
+    """The arrays [b, t, ...] with zeros at padding; None stays None."""
+
+    def masked(x: Array | None) -> Array | None:
+        return None if x is None else jnp.where(docs.real.reshape(docs.real.shape + (1,) * (x.ndim - 2)), x, 0)
+
+    return tuple(masked(x) for x in arrays)
+
+
 def where_row(condition: Array, if_true: State, if_false: State) -> State:
     """Choose between two states row by row; `condition` is [b]."""
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.notation import Array
-from seqmodels.ops import _mesh
 from seqmodels.ops._op import Inputs, Options
 from seqmodels.ops._scan import Documents
 
@@ -28,8 +27,6 @@ def supports(arrays: Inputs, options: Options) -> str | None:
         return f"the length is {q.shape[1]}; expected a multiple of {LANES}"
     if not {x.dtype for x in (q, k, v)} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return f"q is {q.dtype}; expected float32 or bfloat16"
-    if _mesh.is_spread():
-        return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
     return None
 
 

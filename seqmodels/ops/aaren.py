@@ -32,7 +32,7 @@ from jaxtyping import Float
 
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, Keys, SegmentIds, Values
-from seqmodels.ops import _dispatch, _mesh, _scan
+from seqmodels.ops import _dispatch, _scan
 from seqmodels.ops._aaren_chunked import AarenState, chunked
 from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
@@ -122,8 +122,6 @@ def _chunked(
 
 
 def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
-    if _mesh.is_spread():
-        return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
     # Here, so that a program without kernels need not load Pallas.
     from pallas_kernels.tpu import aaren as kernel
 
@@ -138,7 +136,7 @@ def _kernel(
     index, real = (None, None) if docs is None else (docs.index, docs.real)
     how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
     o, state = kernel.aaren(arrays["k"], arrays["v"], arrays["query"], *state, index, real, **how)
-    return o if docs is None else jnp.where(docs.real[..., None, None], o, 0), AarenState(*state)
+    return o if docs is None else _scan.zero_at_padding(docs, o)[0], AarenState(*state)
 
 
 def _whole(

@@ -37,10 +37,9 @@ from seqmodels.notation import (
     Values,
     WriteStrength,
 )
-from seqmodels.ops import _dispatch, _mesh, _scan
+from seqmodels.ops import _dispatch, _scan
 from seqmodels.ops._arguments import check_log_decay, check_qkv
 from seqmodels.ops._delta_rule_chunked import chunked
-from seqmodels.ops._linear_attention_kernels import neutral_at_padding
 from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
@@ -129,8 +128,6 @@ def _chunked(
 
 
 def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
-    if _mesh.is_spread():
-        return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
     # Here, so that a program without kernels need not load Pallas.
     from pallas_kernels.tpu import delta_rule as kernel
 
@@ -145,11 +142,11 @@ def _kernel(
     q, k, v, beta, g = (arrays[name] for name in ("q", "k", "v", "beta", "g"))
     index = None
     if docs is not None:
-        k, g = neutral_at_padding(docs, k, g)
+        k, g = _scan.zero_at_padding(docs, k, g)
         index = docs.index
     how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
     o, S = kernel.delta_rule(q, k, v, beta, g, S, index, **how)
-    return o if docs is None else jnp.where(docs.real[..., None, None], o, 0), S
+    return o if docs is None else _scan.zero_at_padding(docs, o)[0], S
 
 
 class DeltaSummary(NamedTuple):

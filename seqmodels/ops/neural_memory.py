@@ -42,7 +42,7 @@ from jaxtyping import Float, Int
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
-from seqmodels.ops import _dispatch, _mesh, _scan, _tiles
+from seqmodels.ops import _dispatch, _scan, _tiles
 from seqmodels.ops._arguments import check_values
 from seqmodels.ops._memory_network import ACTIVATIONS, Linear, Norm, Weights, loss, read
 from seqmodels.ops._neural_memory_chunked import Memory, MiniBatch, in_order, in_tiles
@@ -293,8 +293,6 @@ def _chunked(
 
 
 def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
-    if _mesh.is_spread():
-        return "the arrays may be spread over a mesh; expected one device, or the inside of jax.shard_map"
     if len(arrays["weights"]) != 1 or arrays["weights"][0].c is not None:
         return "the memory has several layers, or a bias; expected one matrix"
     if arrays["norm"] is not None or options["residual"] or arrays["reach"] is not None:

@@ -221,7 +221,16 @@ def programs() -> list:
     ]
 
 
+@pytest.fixture
+def nothing_kept():
+    """Programs for a TPU cannot be read back here."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 @needs_tpu_compiler
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("wanted", programs())
 def test_compiles_for_every_generation(wanted, generation):

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from seqmodels.errors import EXIT_INPUT, InputError
+from seqmodels.tools._processes import Program
 
 _LINES = 12  # of what the compiler says at its end
 
@@ -33,36 +32,23 @@ def _work(generation: str, requests: Sequence[dict], simulate: bool) -> Iterator
     """Results of one worker. One that ends early gives a result that says so for the program that it was at."""
     with tempfile.TemporaryDirectory(prefix="kernel-report-") as folder:
         task = {"generation": generation, "requests": requests, "simulate": simulate, "folder": folder}
-        command = [sys.executable, "-m", "seqmodels.tools.kernel_report.worker", json.dumps(task)]
+        command = ["-m", "seqmodels.tools.kernel_report.worker", json.dumps(task)]
         yield from _listen(command, len(requests))
 
 
 def _listen(command: Sequence[str], expected: int) -> Iterator[dict]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    with (
-        tempfile.TemporaryFile() as errors,
-        # In a session of its own, Ctrl-C reaches the parent alone, which then ends it.
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True,
-            start_new_session=True,
-        ) as process,
-    ):  # fmt: skip
-        count = 0
-        try:
-            for line in process.stdout:
-                kind, _, rest = line.partition(" ")
-                if kind == "result":
-                    count += 1
-                    yield json.loads(rest)
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                process.kill()
-        errors.seek(0)
-        said = [line for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
-    if code == EXIT_INPUT:
+    count = 0
+    with Program(command, environment={**os.environ, "JAX_PLATFORMS": "cpu"}) as program:
+        for line in program.lines():
+            kind, _, rest = line.partition(" ")
+            if kind == "result":
+                count += 1
+                yield json.loads(rest)
+        ended = program.ended()
+    said = [line for line in ended.errors.splitlines() if line.strip()]
+    if ended.code == EXIT_INPUT:
         raise InputError(said[-1].removeprefix("error: "))
     if count < expected:
         telling = [x for x in said if "Check failed" in x or "Error" in x] or said or ["no reason given"]
-        line = f"the compiler's process ended with code {code}: {telling[-1].strip()[:300]}"
+        line = f"the compiler's process ended with code {ended.code}: {telling[-1].strip()[:300]}"
         yield {"error": line, "message": "\n".join([line, *said[-_LINES:]]), "ended": True}

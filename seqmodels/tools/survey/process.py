@@ -1,57 +1,24 @@
-"""A program in a process of its own, whose lines are heard as they come and whose memory is told at its end.
+"""Measurements in processes of their own.
 
-A measurement of ours runs as `python -m seqmodels.tools.survey.worker` and says `progress SHARE DOING` as often as it
-likes, then `result JSON`.
+`python -m seqmodels.tools.survey.worker` says `progress SHARE DOING` as often as it likes, then `result JSON`.
 """
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from seqmodels.errors import EXIT_INPUT, InputError
+from seqmodels.tools._processes import Ended, Program
 from seqmodels.tools.benchmark.compare import worker_environment
 from seqmodels.tools.survey.views import Progress, Result
 
 
-class Ended(NamedTuple):
-    """How a program ended. peak_bytes: the most resident memory that it had."""
-
-    code: int
-    errors: str
-    peak_bytes: int
-
-
 def run(command: Sequence[str], hear: Callable[[str], None], *, threads: int, folder: Path) -> Ended:
     """Run to the end, on the CPU with so many threads; `hear` is told each line of standard output."""
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            cwd=folder,
-            env=worker_environment(threads),
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends it
-        ) as process,
-    ):
-        try:
-            for line in process.stdout:
-                hear(line.rstrip("\n"))
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        finally:
-            if process.returncode is None:
-                process.kill()
-        errors.seek(0)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return Ended(process.returncode, errors.read().decode(errors="replace").strip(), usage.ru_maxrss * unit)
+    with Program(command, environment=worker_environment(threads), folder=folder) as program:
+        for line in program.lines():
+            hear(line)
+        return program.ended()
 
 
 def in_worker(measurement: str, subject: str, options: dict, progress: Progress, threads: int = 1) -> Result:
