@@ -34,7 +34,8 @@ def run(
     form: "recurrent", or one of `op.forms`; a span of one token is always one `step`.
     segment_ids: [b, t] ids, or the `Documents` that a layer works out once for all its operators.
     backend: "xla" or one of `op.kernels`, which run or raise; "auto" takes the first kernel that supports the
-    arguments on the platform the program is lowered for, else "xla". Kernels serve the chunked form alone.
+    arguments on the platform the program is lowered for, of those that are `automatic`, else "xla". Kernels serve the
+    chunked form alone.
     exchange: how shards of the time axis exchange what they need, where a mesh in context splits it: see
     `_sequence_parallel`.
     causal: False lets every position see its whole document: by `op.whole`, or else the span and the reversed span
@@ -123,7 +124,7 @@ def _run_here(
         return op.kernels[backend].call(arrays, state, docs, chunk_size=chunk_size, options=options)
     chosen = {}
     for name, kernel in op.kernels.items():
-        if kernel.platform not in chosen and _why_not(kernel, arrays, asked) is None:
+        if kernel.automatic and kernel.platform not in chosen and _why_not(kernel, arrays, asked) is None:
             _log_once(f"{op.name}: backend {name} where it is lowered for {kernel.platform}")
             chosen[kernel.platform] = functools.partial(kernel.call, chunk_size=chunk_size, options=options)
     return jax.lax.platform_dependent(arrays, state, docs, default=implementation, **chosen)

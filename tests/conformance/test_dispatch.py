@@ -92,3 +92,9 @@ def test_auto_takes_the_first_kernel_that_can_for_the_platform():
         assert (moving_average(X, G)[0] == 7).all()
     with described_with(first=kernels["first"], other=kernels["other"]):
         assert (moving_average(X, G)[0] < 7).all()
+
+
+def test_auto_leaves_a_kernel_alone_that_is_taken_only_by_name():
+    with described_with(unmeasured=dataclasses.replace(kernel("cpu", None), automatic=False)):
+        assert (moving_average(X, G)[0] < 7).all()
+        assert (moving_average(X, G, backend="unmeasured")[0] == 7).all()
