@@ -1,8 +1,6 @@
 """Kernels for Hopper GPUs: they are lowered and compiled without one, and compute in Pallas' interpreter or, where JAX
 sees one (JAX_PLATFORMS=cpu,cuda), on a GPU."""
 
-from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import jax
@@ -10,37 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental import topologies
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.gpu import _chunk, _walk, _walk_back
 from pallas_kernels.gpu import linear_attention as kernels
 from pallas_kernels.gpu.linear_attention import linear_attention, supports
+from tests.hopper import compile_for_hopper, needs_cuda_compiler, on_gpu_or_interpreted
 
 BFLOAT16 = float(jnp.finfo(jnp.bfloat16).eps)
 # Of the norm of the difference to that of the reference. Results, scores and states are rounded to bfloat16, each by a
 # third of an epsilon on average, and errors of single terms average out. dg adds up a span of differences of products
 # of such results, of which a part cancels: 2**2.
 TOLERANCE = {"o": BFLOAT16, "state": BFLOAT16, "q": BFLOAT16, "k": BFLOAT16, "v": BFLOAT16, "g": 4 * BFLOAT16}
-
-# What the compiler asks of an H100, which it would otherwise read off the device.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 class Case(NamedTuple):
@@ -107,61 +85,11 @@ def test_lowers_for_cuda(case, program):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.skipif(
-    not any(find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")),
-    reason="compiling for a GPU needs JAX's CUDA plugin (pip install 'jax[cuda13]'), not the GPU",
-)
+@needs_cuda_compiler
 @pytest.mark.parametrize("case", SIZES, ids=str)
 def test_compiles_for_hopper(case):
     """What needs too much shared memory, or a layout that the hardware does not have, fails here."""
-    target = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1")
-    everywhere = NamedSharding(topologies.make_mesh(target, (1,), ("one",)), PartitionSpec())
-
-    def placed(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
-
-    jax.jit(backward).lower(*jax.tree.map(placed, case.shapes())).compile()
-
-
-def gpu() -> jax.Device | None:
-    try:
-        return jax.devices("cuda")[0]
-    except RuntimeError:
-        return None
-
-
-def wgmma_in_interpreter(multiply):
-    """The interpreter takes a left operand from shared memory only: one in registers is put there."""
-
-    def wgmma(accumulator, left, right):
-        if not isinstance(left, jax.Array):
-            return multiply(accumulator, left, right)
-
-        def with_space(space):
-            space = space.at[lax.axis_index("warpgroup")]
-            space[...] = left
-            plgpu.commit_smem()
-            multiply(accumulator, space, right)
-
-        space = plgpu.SMEM((2, *left.shape), left.dtype)
-        return pl.run_scoped(with_space, space, collective_axes="warpgroup")
-
-    return wgmma
-
-
-@contextmanager
-def on_gpu_or_interpreted():
-    """Places arrays on the GPU if there is one. The interpreter also looks for races between warpgroups and copies."""
-    if device := gpu():
-        with jax.default_device(device):
-            yield
-        return
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip(f"no GPU, and jax {jax.__version__} has no interpreter for GPU kernels: it came with jax 0.11")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plgpu, "wgmma", wgmma_in_interpreter(plgpu.wgmma))
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-            yield
+    compile_for_hopper(backward, case.shapes())
 
 
 def definition(q, k, v, g, state, index, scale):
