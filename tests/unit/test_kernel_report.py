@@ -6,6 +6,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -18,7 +19,7 @@ from seqmodels.tools.kernel_report import __main__ as kernel_report
 from seqmodels.tools.kernel_report import cases, figures, llo, report
 from seqmodels.tools.kernel_report.pallas_calls import operations, pallas_calls
 from seqmodels.tools.kernel_report.processes import compile_all
-from seqmodels.tools.kernel_report.programs import FunctionRequest, array_bytes, backward
+from seqmodels.tools.kernel_report.programs import FunctionRequest, array_bytes, build
 from seqmodels.tools.kernel_report.worker import TOPOLOGIES
 from tests.tpu_compiler import needs_tpu_compiler
 
@@ -427,15 +428,16 @@ def requests(backend, **sizes):
 
 @pytest.mark.parametrize("request_", requests("xla"), ids=lambda x: f"{x.case}, {x.direction}")
 def test_every_case_can_be_traced(request_):
+    def of(arrays):
+        return [(x.shape, x.dtype) for x in arrays]
+
     built = request_.build()
-    results = jax.tree.leaves(jax.eval_shape(built.function, *built.arguments))
-    (wide,) = {x.shape for x in built.arguments if x.ndim == 3 and x.dtype == jnp.bfloat16}
+    results = of(jax.tree.leaves(jax.eval_shape(built.function, *built.arguments)))
+    inputs = of(request_._replace(direction="forward").build().arguments)
+    (wide,) = {shape for shape, dtype in inputs if len(shape) == 3 and dtype == jnp.bfloat16}
     assert wide == (2, 64, 2 * 8), "as a projection gives it"
-    if request_.direction == "forward":
-        assert [(x.shape, x.dtype) for x in results] == [(wide, jnp.bfloat16)]
-    else:
-        inputs = built.arguments[:-1]
-        assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in inputs]
+    output = [(wide, jnp.bfloat16)]
+    assert results == {"forward": output, "backward": inputs, "both": output + inputs}[request_.direction]
 
 
 def test_sizes_have_as_many_tokens_as_were_asked_for():
@@ -455,7 +457,8 @@ def test_bounds_of_linear_attention(generation, cores, forward, backward):
         each = cases.size(131072, 8192, 16, 128)
         built = cases.Request("linear_attention, scalar decay", direction, "xla", each).build()
         results = jax.tree.leaves(jax.eval_shape(built.function, *built.arguments))
-        bound = figures.bound(built.operations, array_bytes([*built.arguments, *results]), device)
+        moved = array_bytes([*built.arguments, *results]) if built.bytes is None else built.bytes
+        bound = figures.bound(built.operations, moved, device)
         assert round(1e6 * bound.seconds) == expected
 
 
@@ -466,10 +469,26 @@ def test_an_operator_without_a_kernel_is_refused_with_the_reason(monkeypatch):
         cases.Request("aaren", "forward", "pallas_tpu", each).build()
 
 
-def test_backward_of_a_function_with_arguments_that_are_no_floats():
-    built = backward(lambda x, i, y: (x[i] * 2, y), [shape(4, 3), shape(2, dtype=jnp.int32), shape(5)])
-    assert [x.shape for x in built.arguments] == [(4, 3), (2,), (5,), (2, 3), (5,)]
-    assert [x.shape for x in jax.eval_shape(built.function, *built.arguments)] == [(4, 3), (5,)]
+def test_directions_of_a_function_with_arguments_that_are_no_floats():
+    def function(x, i, y):
+        return jnp.sin(x[i]), y
+
+    values = (jnp.arange(12.0).reshape(4, 3), jnp.array([2, 0]), jnp.ones(5))
+    cotangents = (jnp.ones((2, 3)), jnp.full(5, 2.0))
+    outputs, pullback = jax.vjp(lambda x, y: function(x, values[1], y), values[0], values[2])
+    arguments = [shape(*x.shape, dtype=x.dtype) for x in values]
+
+    both = build(function, arguments, "both")
+    assert [x.shape for x in both.arguments] == [(4, 3), (2,), (5,), (2, 3), (5,)]
+    found = both.function(*values, *cotangents)
+    jax.tree.map(np.testing.assert_array_equal, found, (outputs, pullback(cotangents)))
+
+    backward = build(function, arguments, "backward")
+    assert [x.shape for x in jax.eval_shape(backward.function, *backward.arguments)] == [(4, 3), (5,)]
+    assert backward.bytes == 4 * (12 + 2 + 5 + 6 + 5 + 12 + 5)
+    # What the forward pass needs alone is not computed again.
+    assert "sin" not in str(jax.make_jaxpr(backward.function)(*backward.arguments))
+    assert "sin" in str(jax.make_jaxpr(both.function)(*both.arguments))
 
 
 def test_every_generation_can_be_compiled_for():

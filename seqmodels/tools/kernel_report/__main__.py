@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     some = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("--generations", default=list(CHIPS), **some, help=f"of {', '.join(CHIPS)}")
     parser.add_argument(
-        "--directions", **some, help="forward, backward (default: both; of a --function, forward); backward is jax.vjp"
+        "--directions",
+        **some,
+        help="forward; backward, from what the forward pass kept; both, outputs and gradients (default: forward and"
+        " backward, of a --function forward)",
     )
     parser.add_argument("--simulate", action="store_true", help="ask libtpu's simulator too, which may take minutes")
     parser.add_argument("--kernels_only", action="store_true", help="without XLA; a --function in a line a kernel")
@@ -151,7 +154,7 @@ def _report_cases(options: argparse.Namespace, argv: list[str]) -> int:
     # Only this needs to know what it ran on, and the import takes seconds.
     from seqmodels.training.run_directory import environment
 
-    directions = options.directions or DIRECTIONS
+    directions = options.directions or ["forward", "backward"]
     sizes = [size(options.tokens, length, options.heads, options.channels) for length in options.lengths]
     tried = [_sizes(each) for each in options.sizes or []] or [None]
     if options.sizes:

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from pallas_kernels.tpu._generations import trying
 from seqmodels.errors import InputError
 from seqmodels.notation import Array
-from seqmodels.tools.kernel_report.programs import DTYPES, Built, backward
+from seqmodels.tools.kernel_report.programs import DTYPES, Built, build
 
 KERNEL, XLA = "pallas_tpu", "xla"
 BACKENDS = (KERNEL, XLA)
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "backward", "both")
 
 
 class Size(NamedTuple):
@@ -105,9 +105,9 @@ class Request(NamedTuple):
             return _projected(case.call(op.call, inside, self.backend))
 
         shapes = [jax.eval_shape(_projected, x) for x in names.values()]
-        built = backward(run, shapes) if self.direction == "backward" else Built(run, shapes)
-        needed = case.operations[self.direction](self.size.channels) * self.size.token_heads
-        return built._replace(operations=needed)
+        parts = ("forward", "backward") if self.direction == "both" else (self.direction,)
+        needed = sum(case.operations[part](self.size.channels) for part in parts) * self.size.token_heads
+        return build(run, shapes, self.direction)._replace(operations=needed)
 
 
 def _projected(x: Array) -> Array:

@@ -33,11 +33,13 @@ class Built(NamedTuple):
     """A program: a function, and the shapes that it is compiled for.
 
     operations: of matrix products that the algorithm needs; None to take those of the traced program.
+    bytes: of arguments and results that the algorithm needs; None to take those of the program.
     """
 
     function: Callable[..., Any]
     arguments: Sequence[jax.ShapeDtypeStruct]
     operations: float | None = None
+    bytes: int | None = None
 
 
 class FunctionRequest(NamedTuple):
@@ -56,7 +58,7 @@ class FunctionRequest(NamedTuple):
         if self.keywords:
             literals = {name: _literal(name, text) for name, text in self.keywords.items()}
             function = functools.partial(function, **literals)
-        return backward(function, shapes) if self.direction == "backward" else Built(function, shapes)
+        return build(function, shapes, self.direction)
 
 
 def _literal(name: str, text: str) -> Any:
@@ -104,21 +106,39 @@ def find_function(place: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def backward(function: Callable[..., Any], arguments: Sequence[jax.ShapeDtypeStruct]) -> Built:
-    """The program of `jax.vjp`: arguments and a cotangent for each output, to the gradients of arguments of floats."""
-    outputs, tree = jax.tree.flatten(jax.eval_shape(function, *arguments))
-    places = [i for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating)]
+def build(function: Callable[..., Any], arguments: Sequence[jax.ShapeDtypeStruct], direction: str) -> Built:
+    """The program of `function` in one of these directions:
+
+    forward    arguments to outputs
+    backward   from what the forward pass kept, and a cotangent for each output, to the gradients of arguments of floats
+    both       arguments and cotangents to outputs and gradients
+    """
+    if direction == "forward":
+        return Built(function, arguments)
+    floats = [i for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def forward(*values: Any) -> tuple[Any, Callable]:
+        def of_floats(*some: Any) -> Any:
+            return function(*(some[floats.index(i)] if i in floats else x for i, x in enumerate(values)))
+
+        return jax.vjp(of_floats, *(values[i] for i in floats))
+
+    outputs, pullback = jax.eval_shape(forward, *arguments)
+    cotangents, tree = jax.tree.flatten(outputs)
+    if direction == "both":
+
+        def outputs_and_gradients(*values: Any) -> tuple:
+            outputs, pullback = forward(*values[: len(arguments)])
+            return outputs, pullback(tree.unflatten(values[len(arguments) :]))
+
+        return Built(outputs_and_gradients, [*arguments, *cotangents])
+    kept, tree_of_kept = jax.tree.flatten(pullback)
 
     def gradients(*values: Any) -> tuple:
-        inputs, cotangents = list(values[: len(arguments)]), values[len(arguments) :]
+        return tree_of_kept.unflatten(values[: len(kept)])(tree.unflatten(values[len(kept) :]))
 
-        def of_floats(*floats: Any) -> Any:
-            return function(*(floats[places.index(i)] if i in places else x for i, x in enumerate(inputs)))
-
-        _, transposed = jax.vjp(of_floats, *(inputs[i] for i in places))
-        return transposed(tree.unflatten(cotangents))
-
-    return Built(gradients, [*arguments, *outputs])
+    moved = array_bytes([*arguments, *cotangents, *(arguments[i] for i in floats)])
+    return Built(gradients, [*kept, *cotangents], bytes=moved)
 
 
 def array_bytes(arrays: Sequence[Any]) -> int:

@@ -13,9 +13,10 @@ NOTES = """\
 Nothing here was measured: figures are those of the TPU compiler's schedules. A time is that of a whole program on one
 device, the operator with what stands around its kernels; "bound" is the larger of the operations that the algorithm
 needs at the chip's peak and of its arguments and results, once, at the bandwidth of its memory; "XLA" is the same
-operator without kernels, its instructions one after the other. A step is a step of a kernel's grid: cycles of its
-schedule, conditions by how often they hold, and vector registers that it spills and fills. "limit" is what a kernel's
-time comes from: its schedule, the latency of its copies, or the memory's bandwidth."""
+operator without kernels, its instructions one after the other. "backward" starts from what the forward pass kept. A
+step is a step of a kernel's grid: cycles of its schedule, conditions by how often they hold, and vector registers that
+it spills and fills. "limit" is what a kernel's time comes from: its schedule, the latency of its copies, or the
+memory's bandwidth."""
 
 START = f"# What the TPU compiler says of our kernels\n\n{NOTES}\n"
 

@@ -92,7 +92,7 @@ def _compile(request: Any, where: Any, device: Any, folder: Path) -> dict:
     dumps = Dumps(folder, device.timing.delay_slots)
     program = figures.program(compiled.as_text(), list(pallas_calls(jaxpr)), dumps, device)
     needed = operations(jaxpr) if built.operations is None else built.operations
-    moved = array_bytes([x.aval for x in (*jaxpr.invars, *jaxpr.outvars)])
+    moved = array_bytes([x.aval for x in (*jaxpr.invars, *jaxpr.outvars)]) if built.bytes is None else built.bytes
     bound = figures.bound(needed, moved, device)
     return {"compile_seconds": seconds, "bound": bound._asdict(), "program": dataclasses.asdict(program)}
 
