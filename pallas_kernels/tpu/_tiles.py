@@ -393,7 +393,7 @@ def run(
     plan: Grid,
     inputs: Mapping[str, tuple[jax.Array | None, pl.BlockSpec]],
     outputs: Mapping[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec] | None],
-    scratch: Mapping[str, tuple[int, ...]],
+    scratch: Mapping[str, tuple[int, ...] | None],
     interpret: Any,
 ) -> SimpleNamespace:
     """`body(refs)` at every step of the grid: the outputs by name. scratch: shapes of float32 in VMEM.
@@ -402,10 +402,11 @@ def run(
     """
     given = {key: x for key, x in inputs.items() if x[0] is not None}
     wanted = {key: x for key, x in outputs.items() if x is not None}
-    absent = dict.fromkeys((*inputs, *outputs))
+    used = {key: shape for key, shape in scratch.items() if shape is not None}
+    absent = dict.fromkeys((*inputs, *outputs, *scratch))
 
     def kernel(*refs):
-        body(SimpleNamespace(**(absent | dict(zip((*given, *wanted, *scratch), refs)))))
+        body(SimpleNamespace(**(absent | dict(zip((*given, *wanted, *used), refs)))))
 
     shapes = [shape for shape, _ in wanted.values()]
     call = pl.pallas_call(
@@ -415,7 +416,7 @@ def run(
         in_specs=[spec for _, spec in given.values()],
         out_specs=[spec for _, spec in wanted.values()],
         out_shape=shapes,
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in used.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.memory
         ),

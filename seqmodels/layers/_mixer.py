@@ -271,7 +271,7 @@ def start_cursor(batch_size: int) -> Cursor:
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution over `width` tokens, then `activation`, None for none.
+    """Depthwise causal convolution over `width` tokens, then `activation`: "silu", or None for none.
 
     Parameters `kernel` [width, features], whose last row multiplies the current token, and with `use_bias` `bias`
     [features].
@@ -282,7 +282,7 @@ class ShortConvolution(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     use_bias: bool = False
-    activation: Callable[[Array], Array] | None = jax.nn.silu
+    activation: str | None = "silu"
     kernel_init: Callable[..., Array] = nn.initializers.variance_scaling(
         1 / 3, "fan_in", "uniform", in_axis=0, out_axis=()
     )
@@ -293,8 +293,7 @@ class ShortConvolution(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
-        y = stream(self.name, short_conv, x, kernel.astype(self.dtype), bias)
-        return y if self.activation is None else self.activation(y)
+        return stream(self.name, short_conv, x, kernel.astype(self.dtype), bias, activation=self.activation)
 
 
 def split_heads(x: Array, heads: int) -> Array:

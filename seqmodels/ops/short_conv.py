@@ -1,9 +1,9 @@
 """Short causal convolution, depthwise: each channel mixes its own last W inputs.
 
-    y_t = bias + sum_{j=0}^{W-1} kernel[W-1-j] * x_{t-j}                                                         (1)
+    y_t = act(bias + sum_{j=0}^{W-1} kernel[W-1-j] * x_{t-j})                                                    (1)
 
 as placed before the mixers of H3 (Fu et al. 2022, arXiv 2212.14052), Mamba (Gu, Dao 2023, arXiv 2312.00752) and their
-kin. The activation that usually follows belongs to the layer.
+kin, with the activation that follows it there, or none.
 
     code     shape         dtype              meaning
     x        [b, t, d]     any float          inputs
@@ -12,11 +12,11 @@ kin. The activation that usually follows belongs to the layer.
     state    [b, W-1, d]   float32            the last W-1 inputs, oldest first; zeros before the first token
 
 No tap crosses the border of a document. With causal=False the convolution is centred, with the same taps on both
-sides: y_t = bias + sum over |j| < W of kernel[W-1-|j|] * x_{t-j}.
+sides: y_t = act(bias + sum over |j| < W of kernel[W-1-|j|] * x_{t-j}).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ from jaxtyping import Float
 from seqmodels.errors import InputError
 from seqmodels.notation import Activations, Array, SegmentIds
 from seqmodels.ops import _dispatch
-from seqmodels.ops._op import Example, Inputs, Options, SeqOp
-from seqmodels.ops._scan import Documents, state_dtype
+from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
+from seqmodels.ops._scan import Documents, places, state_dtype
+
+ACTIVATIONS = (None, "silu")
 
 
 def short_conv(
@@ -34,6 +36,7 @@ def short_conv(
     kernel: Float[Array, "w d"],
     bias: Float[Array, " d"] | None = None,
     *,
+    activation: str | None = None,
     initial_state: Float[Array, "b w-1 d"] | None = None,
     segment_ids: SegmentIds | Documents | None = None,
     causal: bool = True,
@@ -42,7 +45,7 @@ def short_conv(
     backend: str = "auto",
     exchange: str = "auto",
 ) -> tuple[Activations, Float[Array, "b w-1 d"]]:
-    """Causal depthwise convolution over time; equation (1).
+    """Causal depthwise convolution over time, and "silu" or no activation; equation (1).
 
     Returns the outputs [b, t, d] in x's dtype and the last W-1 inputs [b, W-1, d] in float32. `initial_state` is the
     same for the span before; it belongs to the document of the first real token. `segment_ids` [b, t]: documents,
@@ -50,8 +53,10 @@ def short_conv(
     causal: False centres the convolution. The state is ().
     Forms: "recurrent", "chunked"; `chunk_size` has no effect (a convolution needs no chunks).
 
-    Raises InputError where shapes disagree.
+    Raises InputError where shapes disagree, or for another activation.
     """
+    if activation not in ACTIVATIONS:
+        raise InputError(f"short_conv: activation={activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
     if x.ndim != 3:
         raise InputError(f"short_conv: x has shape {x.shape}; expected [batch, time, channels]")
     if kernel.ndim != 2 or kernel.shape[1] != x.shape[2] or kernel.shape[0] < 2:
@@ -61,7 +66,7 @@ def short_conv(
     return _dispatch.run(
         SHORT_CONV,
         {"x": x, "kernel": kernel, "bias": bias},
-        {},
+        {"activation": activation},
         initial_state=initial_state,
         segment_ids=segment_ids,
         form=form,
@@ -86,7 +91,11 @@ def _step(state: Array, arrays: Inputs, options: Options) -> tuple[Array, Array]
     x, kernel, bias = arrays["x"], arrays["kernel"], arrays["bias"]
     taps = jnp.concatenate([state, x[:, None].astype(state.dtype)], axis=1)
     y = jnp.sum(taps * kernel, axis=1)
-    return taps[:, 1:], (y if bias is None else y + bias).astype(x.dtype)
+    return taps[:, 1:], _activated(y if bias is None else y + bias, options).astype(x.dtype)
+
+
+def _activated(y: Array, options: Options) -> Array:
+    return y if options["activation"] is None else jax.nn.silu(y)
 
 
 def _chunked(
@@ -102,9 +111,36 @@ def _chunked(
             same = index[:, width - 1 - j : width - 1 - j + length] == docs.index
             tap = jnp.where(same[..., None], tap, 0)
         y += kernel[width - 1 - j] * tap
+    y = _activated(y, options)
     if docs is not None:
         y = jnp.where(docs.real[..., None], y, 0)
     return y.astype(x.dtype), _last_inputs(history, index, docs, width)
+
+
+def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
+    # Here, so that a program without kernels need not load Pallas.
+    from pallas_kernels.tpu import short_conv as kernel
+
+    return kernel.supports(arrays["x"], arrays["kernel"], options["activation"])
+
+
+def _kernel(
+    arrays: Inputs, state: Array, docs: Documents | None, *, chunk_size: int | None, options: Options, **how: Any
+) -> tuple[Array, Array]:
+    from pallas_kernels.tpu import short_conv as kernel
+
+    x, width = arrays["x"], arrays["kernel"].shape[0]
+    history, index = _with_history(x, state, docs)
+    reach = before = None
+    if docs is not None:
+        seen = jnp.full(x.shape[:1], 0 if options["fresh"] else width - 1)
+        reach = jnp.where(docs.real, places(docs, seen), -1)
+    if not options["fresh"]:
+        before = history[:, : width - 1]
+        # At the padding in front of the first token of a row are some of the inputs before it.
+        x = x if docs is None else history[:, width - 1 :].astype(x.dtype)
+    y = kernel.short_conv(x, arrays["kernel"], arrays["bias"], before, reach, activation=options["activation"], **how)
+    return y, _last_inputs(history, index, docs, width)
 
 
 def _whole(
@@ -117,8 +153,8 @@ def _whole(
     """Both sides, of which each counts the current input."""
     x, kernel, bias = arrays["x"], arrays["kernel"], arrays["bias"]
     wide = x.astype(state_dtype(x))
-    y = both_ways({"x": wide, "kernel": kernel, "bias": None}, options) - kernel[-1] * wide
-    y = y if bias is None else y + bias
+    y = both_ways({"x": wide, "kernel": kernel, "bias": None}, {**options, "activation": None}) - kernel[-1] * wide
+    y = _activated(y if bias is None else y + bias, options)
     return (y if docs is None else jnp.where(docs.real[..., None], y, 0)).astype(x.dtype)
 
 
@@ -179,7 +215,7 @@ def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
         "bias": jax.random.normal(keys[2], (6,)),
     }
     return {
-        "width 4, bias": Example(arrays, {}),
+        "width 4, bias, silu": Example(arrays, {"activation": "silu"}),
         "width 2": Example({**arrays, "kernel": arrays["kernel"][:2], "bias": None}, {}),
     }
 
@@ -191,6 +227,7 @@ SHORT_CONV = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked},
+    kernels={"pallas_tpu": Kernel("tpu", _kernel_supports, _kernel)},
     summarize=_summarize,
     combine=_combine,
     apply=_apply,

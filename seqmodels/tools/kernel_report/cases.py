@@ -165,10 +165,23 @@ _MEMORY = {
     "forward": lambda d: 2 * _C_MEMORY * 2 * d + 8 * d * d,
     "backward": lambda d: 2 * _C_MEMORY * d + 6 * d * d + 2 * (2 * _C_MEMORY * 2 * d + 8 * d * d),
 }
+# A short convolution: a product and a sum for each tap. Backward three times that.
+_WIDTH = 4
+_CONV = {"forward": lambda d: 2 * _WIDTH * d, "backward": lambda d: 6 * _WIDTH * d}
 
 
 def _aaren_arguments(s: Size) -> dict[str, jax.ShapeDtypeStruct]:
     return {**_heads("kv")(s), "query": jax.ShapeDtypeStruct((s.heads, s.channels), jnp.float32)}
+
+
+def _conv_arguments(s: Size) -> dict[str, jax.ShapeDtypeStruct]:
+    width, of = s.heads * s.channels, jax.ShapeDtypeStruct
+    x = of((s.batch, s.length, width), jnp.bfloat16)
+    return {"x": x, "kernel": of((_WIDTH, width), jnp.float32), "bias": of((width,), jnp.float32)}
+
+
+def _conv_call(function: Callable[..., Any], arrays: dict[str, Array], backend: str) -> Array:
+    return function(**arrays, activation="silu", backend=backend)[0]
 
 
 def _memory_arguments(s: Size) -> dict[str, jax.ShapeDtypeStruct]:
@@ -187,6 +200,7 @@ def _memory_call(function: Callable[..., Any], arrays: dict[str, Array], backend
 _LINEAR_OP = "seqmodels.ops.linear_attention:LINEAR_ATTENTION"
 _DELTA_OP = "seqmodels.ops.delta_rule:DELTA_RULE"
 _AAREN_OP = "seqmodels.ops.aaren:AAREN"
+_CONV_OP = "seqmodels.ops.short_conv:SHORT_CONV"
 _MEMORY_OP = "seqmodels.ops.neural_memory:NEURAL_MEMORY"
 
 CASES = {
@@ -197,5 +211,6 @@ CASES = {
     "delta_rule, scalar decay": Case(_DELTA_OP, _qkv("scalar", beta=True), _plain_call, _DELTA),
     "delta_rule, decay per channel": Case(_DELTA_OP, _qkv("channel", beta=True), _plain_call, _DELTA),
     "aaren": Case(_AAREN_OP, _aaren_arguments, _plain_call, _AAREN),
+    "short_conv, silu": Case(_CONV_OP, _conv_arguments, _conv_call, _CONV),
     "neural_memory, a matrix": Case(_MEMORY_OP, _memory_arguments, _memory_call, _MEMORY),
 }
