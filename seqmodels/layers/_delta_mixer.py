@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from seqmodels.errors import InputError
 from seqmodels.layers._mixer import MixerState, Stream, merge_heads, split_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
-from seqmodels.layers.norms import make_norm
+from seqmodels.layers.norms import by_head, make_norm, unit
 from seqmodels.notation import Activations, Array
 from seqmodels.ops.delta_rule import delta_rule, zero_state
 
@@ -85,17 +85,11 @@ class DeltaMixer(QKVMixer):
         raise NotImplementedError
 
     def readout(self, o: Array, x: Activations) -> Activations:
-        o, gate = self.o_norm(o), self.output_gate(x)
+        o, gate = by_head(self.o_norm, o), self.output_gate(x)
         return self.o_proj(merge_heads(o if gate is None else o * gate))
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         return self.state_around(zero_state(batch_size, self.value_heads, self.key_dim, self.value_dim), batch_size)
-
-
-def unit(x: Array) -> Array:
-    """Each vector over its length, in float32; 1e-6 under the root."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def head_gate(gate: Array, heads: int) -> Array:

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.errors import InputError
-from seqmodels.layers._delta_mixer import unit
 from seqmodels.layers._memory_weights import empty_state, memory_weights
 from seqmodels.layers._mixer import MixerState, Stream, split_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
-from seqmodels.layers.norms import make_norm
+from seqmodels.layers.norms import make_norm, unit
 from seqmodels.layers.positions import rotary
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 from seqmodels.notation import Activations, Array, Keys, Queries, Values

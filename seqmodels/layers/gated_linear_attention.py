@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from seqmodels.layers._linear_mixer import LinearMixer
 from seqmodels.layers._mixer import Stream, merge_heads, split_heads
-from seqmodels.layers.norms import make_norm
+from seqmodels.layers.norms import by_head, make_norm
 from seqmodels.notation import Activations, Array
 
 
@@ -37,4 +37,4 @@ class GatedLinearAttention(LinearMixer):
 
     def readout(self, o: Array, x: Activations) -> Activations:
         gate = split_heads(self.g_proj(x), self.num_heads)
-        return self.o_proj(merge_heads(self.g_norm(o) * jax.nn.silu(gate)))
+        return self.o_proj(merge_heads(by_head(self.g_norm, o) * jax.nn.silu(gate)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from seqmodels.layers._linear_mixer import LinearMixer
 from seqmodels.layers._mixer import Stream, merge_heads
-from seqmodels.layers.norms import make_norm
+from seqmodels.layers.norms import by_head, make_norm
 from seqmodels.notation import Activations, Array, Keys
 from seqmodels.ops.cross_attention import linear_cross_attention
 from seqmodels.ops.feature_maps import LEARNED, feature_map
@@ -52,7 +52,7 @@ class LinearAttention(LinearMixer):
         return {"q": self.phi(q), "k": self.phi(k), "v": v, "normalize": self.normalize}
 
     def readout(self, o: Array, x: Activations) -> Activations:
-        return self.o_proj(merge_heads(self.norm(o) if self.output_norm else o))
+        return self.o_proj(merge_heads(by_head(self.norm, o) if self.output_norm else o))
 
 
 class HeadProjection(nn.Module):

@@ -1,5 +1,6 @@
 """Normalisations by name. All reduce in float32, whatever the dtype of the activations."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.errors import InputError, nearest
-from seqmodels.notation import Activations
+from seqmodels.notation import Activations, Array
+from seqmodels.ops import _mesh
 
 NORMS = ("rmsnorm", "zero_centered_rmsnorm", "srmsnorm", "layernorm")
 
@@ -35,6 +37,32 @@ def make_norm(
     if kind == "zero_centered_rmsnorm":
         return ZeroCenteredRMSNorm(**dtypes)
     return nn.RMSNorm(use_scale=kind == "rmsnorm", **dtypes)
+
+
+def by_head(norm: Callable[[Array], Array], x: Array) -> Array:
+    """`norm`, which is over the last axis, of x [b, t, h, d].
+
+    A TPU keeps [b, t, h * d], as projections and kernels write it, in tiles of 8 positions and 128 channels, but
+    [b, t, h, d] in tiles of 8 heads and 128 channels: the copies from one to the other and back take longer than the
+    norm. [b, t / 8, h, 8, d] is in the first order already.
+    """
+    batch, length, heads, channels = x.shape
+    mesh = _mesh.view()
+    shards = 1 if mesh is None else mesh.n_time
+    if not _mesh.on_tpus() or length % (8 * shards) or channels % 128:
+        return norm(x)
+    tiles = x.reshape(batch, -1, 8, heads, channels).swapaxes(2, 3)
+    return norm(tiles).swapaxes(2, 3).reshape(x.shape)
+
+
+def unit(x: Array) -> Array:
+    """Each vector of x [b, t, h, d] over its length, in float32; 1e-6 under the root."""
+
+    def over_length(x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+    return by_head(over_length, x)
 
 
 class ZeroCenteredRMSNorm(nn.Module):
@@ -74,7 +102,8 @@ class GatedRMSNorm(nn.Module):
         x, gate = x.astype(wide), jax.nn.silu(gate.astype(wide))
         if not self.norm_before_gate:
             x = x * gate
-        parts = x.reshape(*x.shape[:-1], self.groups, -1)
-        parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, axis=-1, keepdims=True) + self.epsilon)
-        x = parts.reshape(x.shape) * scale
+        x = by_head(self._over_rms, x.reshape(*x.shape[:-1], self.groups, -1)).reshape(x.shape) * scale
         return (x * gate if self.norm_before_gate else x).astype(self.dtype)
+
+    def _over_rms(self, x: Array) -> Array:
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 
 from seqmodels.layers._linear_mixer import LinearMixer
 from seqmodels.layers._mixer import Stream, merge_heads, split_heads
-from seqmodels.layers.norms import make_norm
+from seqmodels.layers.norms import by_head, make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.notation import Activations, Array
 
@@ -39,4 +39,4 @@ class Retention(LinearMixer):
 
     def readout(self, o: Array, x: Activations) -> Activations:
         gate = split_heads(self.g_proj(x), self.num_heads)
-        return self.o_proj(merge_heads(self.g_norm(o) * jax.nn.silu(gate)))
+        return self.o_proj(merge_heads(by_head(self.g_norm, o) * jax.nn.silu(gate)))

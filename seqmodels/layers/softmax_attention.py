@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from seqmodels.errors import InputError
 from seqmodels.layers._mixer import MixerState, Stream, merge_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
-from seqmodels.layers.norms import make_norm
+from seqmodels.layers.norms import by_head, make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.notation import Activations, Array
 from seqmodels.ops.cross_attention import softmax_cross_attention
@@ -94,7 +94,7 @@ class SoftmaxAttention(QKVMixer):
         """Queries, keys and values of tokens at these positions [b, t]."""
         q, k, v = self.qkv(x, stream)
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = by_head(self.q_norm, q), by_head(self.k_norm, k)
         if self.rope_base is not None:
             q, k = (rotary(y, positions, self.rope_base, self.turning) for y in (q, k))
         return {"q": q, "k": k, "v": v}

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from seqmodels.layers._delta_mixer import unit
 from seqmodels.layers._memory_weights import empty_weights
 from seqmodels.layers._mixer import MixerState, Stream, merge_heads, split_heads
 from seqmodels.layers._titans import MemoryAndAttention
+from seqmodels.layers.norms import unit
 from seqmodels.notation import Activations, Array, Keys, Values
 from seqmodels.ops.memory_as_context import memory_as_context, start_state
 

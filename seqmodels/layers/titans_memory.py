@@ -3,6 +3,7 @@
 from seqmodels.layers._delta_mixer import head_gate
 from seqmodels.layers._mixer import merge_heads
 from seqmodels.layers._titans import MemoryMixer
+from seqmodels.layers.norms import by_head
 from seqmodels.notation import Activations, Array
 
 
@@ -18,4 +19,4 @@ class TitansMemory(MemoryMixer):
         self.o_norm = self.rms_norm()
 
     def readout(self, o: Array, x: Activations) -> Activations:
-        return self.o_proj(merge_heads(self.o_norm(o) * head_gate(self.g_proj(x), self.num_heads)))
+        return self.o_proj(merge_heads(by_head(self.o_norm, o) * head_gate(self.g_proj(x), self.num_heads)))

@@ -63,6 +63,12 @@ def is_spread() -> bool:
     return view() is not None
 
 
+def on_tpus() -> bool:
+    """Whether the devices of the mesh in context, or else those of this process, are TPUs."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")
+
+
 def constrain(x: Array) -> Array:
     """Activations [b, t, ...] split over rows and time, as far as these divide; unchanged where there is no mesh."""
     mesh = view()
