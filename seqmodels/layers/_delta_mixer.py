@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from seqmodels.errors import InputError
 from seqmodels.layers._mixer import MixerState, Stream, merge_heads, split_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
-from seqmodels.layers.norms import by_head, make_norm, unit
+from seqmodels.layers.norms import make_norm, unit
 from seqmodels.notation import Activations, Array
+from seqmodels.ops._heads import by_head
 from seqmodels.ops.delta_rule import delta_rule, zero_state
 
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from seqmodels.layers._linear_mixer import LinearMixer
 from seqmodels.layers._mixer import Stream, merge_heads, split_heads
-from seqmodels.layers.norms import by_head, make_norm
+from seqmodels.layers.norms import make_norm
 from seqmodels.notation import Activations, Array
+from seqmodels.ops._heads import by_head
 
 
 class GatedLinearAttention(LinearMixer):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from seqmodels.layers._linear_mixer import LinearMixer
 from seqmodels.layers._mixer import Stream, merge_heads
-from seqmodels.layers.norms import by_head, make_norm
+from seqmodels.layers.norms import make_norm
 from seqmodels.notation import Activations, Array, Keys
+from seqmodels.ops._heads import by_head
 from seqmodels.ops.cross_attention import linear_cross_attention
 from seqmodels.ops.feature_maps import LEARNED, feature_map
 

@@ -1,6 +1,5 @@
 """Normalisations by name. All reduce in float32, whatever the dtype of the activations."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Activations, Array
-from seqmodels.ops import _mesh
+from seqmodels.ops._heads import by_head
 
 NORMS = ("rmsnorm", "zero_centered_rmsnorm", "srmsnorm", "layernorm")
 
@@ -37,22 +36,6 @@ def make_norm(
     if kind == "zero_centered_rmsnorm":
         return ZeroCenteredRMSNorm(**dtypes)
     return nn.RMSNorm(use_scale=kind == "rmsnorm", **dtypes)
-
-
-def by_head(norm: Callable[[Array], Array], x: Array) -> Array:
-    """`norm`, which is over the last axis, of x [b, t, h, d].
-
-    A TPU keeps [b, t, h * d], as projections and kernels write it, in tiles of 8 positions and 128 channels, but
-    [b, t, h, d] in tiles of 8 heads and 128 channels: the copies from one to the other and back take longer than the
-    norm. [b, t / 8, h, 8, d] is in the first order already.
-    """
-    batch, length, heads, channels = x.shape
-    mesh = _mesh.view()
-    shards = 1 if mesh is None else mesh.n_time
-    if not _mesh.on_tpus() or length % (8 * shards) or channels % 128:
-        return norm(x)
-    tiles = x.reshape(batch, -1, 8, heads, channels).swapaxes(2, 3)
-    return norm(tiles).swapaxes(2, 3).reshape(x.shape)
 
 
 def unit(x: Array) -> Array:

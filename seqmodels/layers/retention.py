@@ -6,9 +6,10 @@ from jaxtyping import Float
 
 from seqmodels.layers._linear_mixer import LinearMixer
 from seqmodels.layers._mixer import Stream, merge_heads, split_heads
-from seqmodels.layers.norms import by_head, make_norm
+from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.notation import Activations, Array
+from seqmodels.ops._heads import by_head
 
 
 def retention_decay(num_heads: int) -> Float[Array, " h"]:

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from seqmodels.errors import InputError
 from seqmodels.layers._mixer import MixerState, Stream, merge_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
-from seqmodels.layers.norms import by_head, make_norm
+from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.notation import Activations, Array
+from seqmodels.ops._heads import by_head
 from seqmodels.ops.cross_attention import softmax_cross_attention
 from seqmodels.ops.softmax_attention import empty_cache, softmax_attention
 

@@ -3,8 +3,8 @@
 from seqmodels.layers._delta_mixer import head_gate
 from seqmodels.layers._mixer import merge_heads
 from seqmodels.layers._titans import MemoryMixer
-from seqmodels.layers.norms import by_head
 from seqmodels.notation import Activations, Array
+from seqmodels.ops._heads import by_head
 
 
 class TitansMemory(MemoryMixer):

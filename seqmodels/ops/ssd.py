@@ -27,6 +27,7 @@ from seqmodels.errors import InputError
 from seqmodels.notation import Array, MatrixState, SegmentIds
 from seqmodels.ops import _dispatch, _scan
 from seqmodels.ops._arguments import check_values
+from seqmodels.ops._heads import times_heads
 from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
 from seqmodels.ops.linear_attention import LINEAR_ATTENTION, LinearSummary, zero_state
@@ -106,20 +107,15 @@ def _step(S: Array, arrays: Inputs, options: Options) -> tuple[Array, Array]:
     x, dt, A, B, C = (arrays[name] for name in ("x", "dt", "A", "B", "C"))
     B, C = (jnp.repeat(y, x.shape[1] // y.shape[1], axis=1).astype(S.dtype) for y in (B, C))
     S = jnp.exp(dt * A)[..., None, None] * S + B[..., :, None] * (dt[..., None] * x)[..., None, :]
-    y = jnp.einsum("bhn,bhnp->bhp", C, S) + _skip(arrays)
-    return S, y.astype(x.dtype)
-
-
-def _skip(arrays: Inputs) -> Array | float:
-    """D x of equation (2)."""
-    x, D = arrays["x"], arrays["D"]
-    return 0.0 if D is None else D.reshape(D.shape[0], -1) * x
+    y = jnp.einsum("bhn,bhnp->bhp", C, S)
+    D = arrays["D"]
+    return S, (y if D is None else y + D.reshape(D.shape[0], -1) * x).astype(x.dtype)
 
 
 def _as_linear_attention(arrays: Inputs) -> Inputs:
     """Equation (3)."""
     x, dt, A, B, C = (arrays[name] for name in ("x", "dt", "A", "B", "C"))
-    return {"q": C, "k": B, "v": (dt[..., None] * x).astype(x.dtype), "g": dt * A}
+    return {"q": C, "k": B, "v": times_heads(x, dt), "g": dt * A}
 
 
 def _options(options: Options) -> Options:
@@ -152,15 +148,20 @@ def _kernel(kernel: Kernel) -> Kernel:
         o, state = kernel.call(_as_linear_attention(arrays), state, docs, options=_options(options), **how)
         return _with_skip(o, arrays, docs), state
 
-    return Kernel(kernel.platform, supports, call)
+    return Kernel(kernel.platform, supports, call, kernel.automatic)
 
 
 def _with_skip(o: Array, arrays: Inputs, docs: Documents | None) -> Array:
     """Equation (2); zero at padding."""
-    y = o + _skip(arrays)
+    x, D = arrays["x"], arrays["D"]
+    if D is None:
+        return o
+    # With heads and channels as one axis a TPU copies nothing: see `_heads`.
+    D = jnp.broadcast_to(D.reshape(D.shape[0], -1), x.shape[2:]).reshape(-1)
+    y = o.reshape(*x.shape[:2], -1) + D * x.reshape(*x.shape[:2], -1)
     if docs is not None:
-        y = jnp.where(docs.real[..., None, None], y, 0)
-    return y.astype(arrays["x"].dtype)
+        y = jnp.where(docs.real[..., None], y, 0)
+    return y.reshape(x.shape).astype(x.dtype)
 
 
 def _summarize(arrays: Inputs, docs: Documents | None, options: Options) -> LinearSummary:
