@@ -29,15 +29,23 @@ mini-batches by (5) and (7), and, with N, dW', dS' the cotangents of O, W', S', 
     dgamma_j = -k_j (D dW'^T)_j                             dmu_j = -k_j (D dS'^T)_j                              (14)
     db_C = <dW', W>          df_C = <dW', S>                dm_C = <dS', S>                                       (15)
 
-    code       symbol   shape          dtype
-    q, k       q, k     [b, t, h, k]   bfloat16 or float32
-    v, o       v, o     [b, t, h, v]   as q
-    theta      theta    [b, t, h]      float32
-    alpha      alpha    [b, t, h]      float32, or None for 0
-    eta        eta      [b, t, h]      float32, or None: no momentum
-    weights    W        [b, h, k, v]   float32
-    momentum   S        [b, h, k, v]   float32; None without eta
-    loss_scale lambda
+A row may hold several documents, laid out so that each begins with a mini-batch. A position without a token has
+alpha = 0, eta = 1, theta = 0, and adds no M_tj, m_t in (2), (3): it leaves W and S as they are. A mini-batch before one
+that begins a document leaves W_f, S_f in place of (7): backward, dW', dS' are theirs, and 0 for (8) to (15).
+
+    code            symbol     shape          dtype
+    q, k            q, k       [b, t, h, k]   bfloat16 or float32
+    v, o            v, o       [b, t, h, v]   as q
+    theta           theta      [b, t, h]      float32
+    alpha           alpha      [b, t, h]      float32, or None for 0
+    eta             eta        [b, t, h]      float32, or None: no momentum
+    weights         W          [b, h, k, v]   float32
+    momentum        S          [b, h, k, v]   float32; None without eta
+    loss_scale      lambda
+    token                      [b, t]         bool, whether there is one at a position; None: everywhere
+    fresh.starts               [b, t / C]     bool, whether a mini-batch begins a document
+    fresh.weights   W_f        [h, k, v]      float32
+    fresh.momentum  S_f        [h, k, v]      float32; None without eta
 """
 
 from functools import partial
@@ -55,6 +63,14 @@ from pallas_kernels.tpu._tiles import LANES, Grid, Specs, beside, product, produ
 
 NAME = "neural_memory on TPU"
 MINI_BATCHES = (16, 32, 64, 128)
+
+
+class Fresh(NamedTuple):
+    """Where documents begin, and the memory that they begin with."""
+
+    starts: jax.Array
+    weights: jax.Array
+    momentum: jax.Array | None
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, mini_batch: int) -> str | None:
@@ -76,39 +92,46 @@ def neural_memory(
     *,
     mini_batch: int,
     loss_scale: float,
+    token: jax.Array | None = None,
+    fresh: Fresh | None = None,
     chunk_size: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Outputs [b, t, h, v] in v's dtype, the final weights and momentum, equation (1).
 
-    t is a multiple of mini_batch, and the first mini-batch starts with the first token. chunk_size: tokens between
-    states that are kept for the backward pass, rounded up to a multiple of 128; None is 128. interpret: as for
-    `pallas_call`.
+    t is a multiple of mini_batch. The first mini-batch starts from weights and momentum, whether or not it begins a
+    document; outputs where there is no token mean nothing. chunk_size: tokens between states that are kept for the
+    backward pass, rounded up to a multiple of 128; None is 128. interpret: as for `pallas_call`.
     """
     length, value_dim = v.shape[1], v.shape[3]
-    plan = _grid(q, v, mini_batch, chunk_size or LANES)
+    plan = _grid(q, v, mini_batch, chunk_size or LANES, fresh is not None)
     how = _How(plan, mini_batch, 2 * loss_scale, interpret)
-    pairs, rows = _coefficients(theta, alpha, eta, mini_batch)
+    pairs, rows = _coefficients(theta, alpha, eta, token, mini_batch)
     inputs = _Inputs(
         *(_tiles.lay_out(x, plan, channels) for x, channels in ((q, plan.key_dim), (k, plan.key_dim))),
         _tiles.lay_out(v, plan, plan.value_dim),
         _pad_time(pairs, plan),
         _lay_out_rows(rows, plan),
+        None if fresh is None else _lay_out_starts(fresh.starts, mini_batch, plan),
     )
-    W, S = (None if x is None else _tiles.lay_out_state(x, plan) for x in (weights, momentum))
-    o, W, S = _run(how, inputs, W, S)
+    start = _Memory(weights, momentum)
+    if fresh is not None:
+        fresh = _Memory(*jax.tree.map(lambda x: jnp.broadcast_to(x, (plan.rows, *x.shape)), fresh[1:]))
+    start, fresh = jax.tree.map(lambda x: _tiles.lay_out_state(x, plan), (start, fresh))
+    o, final = _run(how, inputs, start, fresh)
     o = o.reshape(*o.shape[:2], plan.heads, plan.value_dim)[:, :length, :, :value_dim]
-    return o, *(None if x is None else x[:, :, : q.shape[3], :value_dim] for x in (W, S))
+    return o, *jax.tree.map(lambda x: x[:, :, : q.shape[3], :value_dim], final)
 
 
-def _grid(q: jax.Array, v: jax.Array, mini_batch: int, chunk_size: int) -> Grid:
+def _grid(q: jax.Array, v: jax.Array, mini_batch: int, chunk_size: int, has_fresh: bool) -> Grid:
     """Steps of `chunk_size` tokens of several heads; the chunks within are tiles of 128."""
     limits = sizes()
     plan = _tiles.grid(q.shape, v.shape, q.dtype.itemsize, limits, LANES)
     block = min(_tiles.round_up(chunk_size, LANES), _tiles.round_up(q.shape[1], LANES))
     # What the backward pass has in VMEM: the states of every mini-batch, twice those that come and go, and blocks.
     state = 4 * plan.key_dim * plan.value_dim
-    of_head = state * (2 * block // mini_batch + 14) + 20 * block * (plan.key_dim + plan.value_dim) * q.dtype.itemsize
+    states = 2 * block // mini_batch + (22 if has_fresh else 14)
+    of_head = state * states + 20 * block * (plan.key_dim + plan.value_dim) * q.dtype.itemsize
     most = max(1, plan.memory // of_head)
     dims = plan.key_dim, plan.value_dim
     heads = min(plan.step_heads, most)
@@ -136,10 +159,16 @@ NEUTRAL = {"b": 1.0, "f": 0.0, "m": 1.0, "mu": 0.0}
 
 
 def _coefficients(
-    theta: jax.Array, alpha: jax.Array | None, eta: jax.Array | None, size: int
+    theta: jax.Array, alpha: jax.Array | None, eta: jax.Array | None, token: jax.Array | None, size: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Gamma [b, h, c, t] with j before t, and the numbers [b, h, t] of equations (2) to (4) that are needed."""
+    token = None if token is None else token[:, None]
+
+    def where_token(x: jax.Array | None, empty: float) -> jax.Array | None:
+        return x if x is None or token is None else jnp.where(token, x, empty)
+
     theta, alpha, eta = (None if x is None else jnp.swapaxes(x, 1, 2) for x in (theta, alpha, eta))
+    theta, alpha, eta = where_token(theta, 0), where_token(alpha, 0), where_token(eta, 1)
     place = jnp.arange(theta.shape[2]) % size
     written = jnp.where(jnp.arange(size)[:, None] == place, theta[:, :, None], 0)
     keep = jnp.ones_like(theta) if alpha is None else 1 - alpha
@@ -147,10 +176,11 @@ def _coefficients(
     if eta is None:
         return _decayed_sums(keep, written, place, size), {"b": b}
     m = _products(eta, place, size)
-    f = _decayed_sums(keep, m[:, :, None], place, size)[:, :, 0]
+    f = _decayed_sums(keep, where_token(m, 0)[:, :, None], place, size)[:, :, 0]
     # From the end, of the gates of the tokens after.
     mu = theta * jnp.flip(_products(jnp.flip(_of_next(eta, place), axis=2), place, size), axis=2)
     written = _decayed_sums(eta, written, place, size)
+    written = written if token is None else jnp.where(token[:, :, None], written, 0)
     return _decayed_sums(keep, written, place, size), {"b": b, "f": f, "m": m, "mu": mu}
 
 
@@ -196,17 +226,40 @@ def _lay_out_rows(rows: dict[str, jax.Array], plan: Grid) -> jax.Array:
     return jnp.swapaxes(x, 1, 2).reshape(plan.rows, plan.heads // plan.step_heads, -1, plan.positions)
 
 
+def _lay_out_starts(starts: jax.Array, size: int, plan: Grid) -> jax.Array:
+    """-> [b, 1, positions] int32: whether the mini-batch after that of a position begins a document."""
+    ends = jnp.pad(starts[:, 1:].astype(jnp.int32), ((0, 0), (0, 1)))
+    return _pad_time(jnp.repeat(ends, size, axis=1), plan)[:, None]
+
+
+class _Memory(NamedTuple):
+    """W and S [b, h, k, v], as laid out, or their cotangents; S is None without momentum."""
+
+    W: jax.Array
+    S: jax.Array | None
+
+    def with_spec(self, spec: pl.BlockSpec, name: str) -> dict[str, tuple[jax.Array | None, pl.BlockSpec]]:
+        return {name.format(state): (x, spec) for state, x in self._asdict().items()}
+
+
+_NO_MEMORY = _Memory(None, None)
+
+
 class _Inputs(NamedTuple):
-    """As the grid reads them: see `Specs`. pairs [b, h, c, t], rows [b, blocks of heads, kinds * heads, t]."""
+    """As the grid reads them: see `Specs`. pairs [b, h, c, t], rows [b, blocks of heads, kinds * heads, t].
+
+    ends [b, 1, t]: of documents, as `_lay_out_starts` gives them; None where a row is one document.
+    """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     pairs: jax.Array
     rows: jax.Array
+    ends: jax.Array | None
 
-    def with_specs(self, specs: Specs) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
-        blocks = (specs.keys(), specs.keys(), specs.values(), *self.coefficient_specs(specs))
+    def with_specs(self, specs: Specs) -> dict[str, tuple[jax.Array | None, pl.BlockSpec]]:
+        blocks = (specs.keys(), specs.keys(), specs.values(), *self.coefficient_specs(specs), specs.index())
         return dict(zip(self._fields, zip(self, blocks)))
 
     def coefficient_specs(self, specs: Specs) -> tuple[pl.BlockSpec, pl.BlockSpec]:
@@ -264,22 +317,19 @@ def _times(x: jax.Array, column: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(how: _How, inputs: _Inputs, W: jax.Array, S: jax.Array | None) -> tuple[jax.Array, ...]:
-    found = _forward(how, inputs, W, S, keep=False)
-    return found.o, found.W_final, found.S_final
+def _run(how: _How, inputs: _Inputs, start: _Memory, fresh: _Memory | None) -> tuple[jax.Array, _Memory]:
+    o, final, _ = _forward(how, inputs, start, fresh, keep=False)
+    return o, final
 
 
-def _run_forward(how: _How, inputs: _Inputs, W: jax.Array, S: jax.Array | None) -> tuple[tuple, tuple]:
-    def forward(inputs: _Inputs, W: jax.Array, S: jax.Array | None) -> tuple[tuple, tuple]:
-        found = _forward(how, inputs, W, S, keep=True)
-        return (found.o, found.W_final, found.S_final), (found.W_entered, found.S_entered)
-
-    outputs, entered = differentiated_once(NAME, forward)(inputs, W, S)
-    return outputs, (inputs, *entered)
+def _run_forward(how: _How, inputs: _Inputs, start: _Memory, fresh: _Memory | None) -> tuple[tuple, tuple]:
+    rule = differentiated_once(NAME, partial(_forward, how, keep=True))
+    o, final, entered = rule(inputs, start, fresh)
+    return (o, final), (inputs, entered, fresh)
 
 
 def _run_backward(how: _How, residuals: tuple, cotangents: tuple) -> tuple:
-    return differentiated_once(NAME, partial(_backward, how))(*residuals, cotangents)
+    return differentiated_once(NAME, partial(_backward, how))(*residuals, *cotangents)
 
 
 _run.defvjp(_run_forward, _run_backward)
@@ -289,33 +339,36 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _forward(how: _How, inputs: _Inputs, W: jax.Array, S: jax.Array | None, *, keep: bool) -> SimpleNamespace:
+def _forward(
+    how: _How, inputs: _Inputs, start: _Memory, fresh: _Memory | None, *, keep: bool
+) -> tuple[jax.Array, _Memory, _Memory]:
     """Outputs, the final state, and where they are kept the states that entered each step."""
     plan, specs = how.plan, Specs(how.plan)
     state = (plan.key_dim, plan.value_dim)
-    states = {"W": W} if S is None else {"W": W, "S": S}
-    entered = _float32(plan.rows, plan.blocks, plan.heads, *state)
-    absent = {} if S is not None else {"S_initial": (None, None)}
-    return _tiles.run(
+    has_momentum = start.S is not None
+    entered = (_float32(plan.rows, plan.blocks, plan.heads, *state), specs.entered(*state)) if keep else None
+    final = (_float32(*start.W.shape), specs.state(*state))
+    found = _tiles.run(
         partial(_forward_step, how),
         name="neural_memory_forward",
         plan=plan,
         inputs={
             **inputs.with_specs(specs),
-            **{f"{name}_initial": (x, specs.state(*state)) for name, x in states.items()},
-            **absent,
+            **start.with_spec(specs.state(*state), "{}_initial"),
+            **(fresh or _NO_MEMORY).with_spec(specs.state(*state), "{}_fresh"),
         },
         outputs={
             "o": (jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype), specs.values()),
-            "W_final": (_float32(*W.shape), specs.state(*state)),
-            "S_final": None if S is None else (_float32(*W.shape), specs.state(*state)),
-            "W_entered": (entered, specs.entered(*state)) if keep else None,
-            "S_entered": (entered, specs.entered(*state)) if keep and S is not None else None,
+            "W_final": final,
+            "S_final": final if has_momentum else None,
+            "W_entered": entered,
+            "S_entered": entered if has_momentum else None,
         },
-        scratch={name: (plan.step_heads, *state) for name in states}
+        scratch=dict.fromkeys("WS" if has_momentum else "W", (plan.step_heads, *state))
         | dict.fromkeys("DO", (plan.step_heads, LANES, plan.value_dim)),
         interpret=how.interpret,
     )
+    return found.o, _Memory(found.W_final, found.S_final), _Memory(found.W_entered, found.S_entered)
 
 
 def _forward_step(how: _How, refs: SimpleNamespace) -> None:
@@ -350,7 +403,8 @@ def _forward_step(how: _How, refs: SimpleNamespace) -> None:
                 k, D = refs.k[0, now, plan.key_lanes(head)], refs.D[head, here]
                 gamma = _gamma(refs.pairs[0, head, :, at], here)
                 S = refs.S[head] if has_momentum else None
-                refs.W[head], S = _written(refs.W[head], S, k, D.astype(dtype), gamma, x)
+                W, S = _written(refs.W[head], S, k, D.astype(dtype), gamma, x)
+                refs.W[head], S = _left(refs, now, head, W, S)
                 if has_momentum:
                     refs.S[head] = S
         for head in heads:
@@ -390,31 +444,45 @@ def _written(
     return W + _times(S, x.f[-1:]), _times(S, x.m[-1:]) - added[W.shape[0] :]
 
 
+def _left(
+    refs: SimpleNamespace, now: slice, head: int, W: jax.Array, S: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """What the mini-batch after `now` starts from, where W and S are those of equation (7)."""
+    if refs.ends is None:
+        return W, S
+    end = _ends(refs, now)
+    return jnp.where(end, refs.W_fresh[0, head], W), None if S is None else jnp.where(end, refs.S_fresh[0, head], S)
+
+
+def _ends(refs: SimpleNamespace, now: slice) -> jax.Array:
+    """[1, 1]: whether the mini-batch after `now` begins a document."""
+    return refs.ends[0, :, now.stop - 1 : now.stop] != 0
+
+
 # ----- backward -----------------------------------------------------------------------------------------------------
 
 
 def _backward(
-    how: _How, inputs: _Inputs, W: jax.Array, S: jax.Array | None, cotangents: tuple
-) -> tuple[_Inputs, jax.Array, jax.Array | None]:
-    """Cotangents of the inputs and of the initial state. W, S: those that entered each step."""
+    how: _How, inputs: _Inputs, entered: _Memory, fresh: _Memory | None, do: jax.Array, d_final: _Memory
+) -> tuple[_Inputs, _Memory, _Memory | None]:
+    """Cotangents of the inputs, of the initial state and of the fresh one. entered: what entered each step."""
     plan, specs = how.plan, Specs(how.plan, backwards=True)
-    do, dW, dS = cotangents
-    has_momentum = S is not None
+    has_momentum = entered.S is not None
     state, count = (plan.key_dim, plan.value_dim), plan.block // how.mini_batch
     dtype = inputs.v.dtype
     pairs_spec, rows_spec = inputs.coefficient_specs(specs)
     ends = (plan.step_heads, count * (3 if has_momentum else 1), plan.value_dim)
+    d_state = (_float32(*d_final.W.shape), specs.state(*state))
     found = _tiles.run(
         partial(_backward_step, how),
         name="neural_memory_backward",
         plan=plan,
         inputs={
             **inputs.with_specs(specs),
-            "W_entered": (W, specs.entered(*state)),
-            "S_entered": (S, specs.entered(*state)),
+            **entered.with_spec(specs.entered(*state), "{}_entered"),
+            **(fresh or _NO_MEMORY).with_spec(specs.state(*state), "{}_fresh"),
             "do": (do, specs.values()),
-            "dW_final": (dW, specs.state(*state)),
-            "dS_final": (dS, specs.state(*state)),
+            **d_final.with_spec(specs.state(*state), "d{}_final"),
         },
         outputs={
             "dq": (jax.ShapeDtypeStruct(inputs.q.shape, dtype), specs.keys()),
@@ -423,8 +491,10 @@ def _backward(
             "dpairs": (_float32(*inputs.pairs.shape), pairs_spec),
             "drows": (_float32(*inputs.rows.shape), rows_spec),
             "dends": (_float32(plan.rows, plan.blocks, plan.heads, *ends[1:]), specs.entered(*ends[1:])),
-            "dW_initial": (_float32(*dW.shape), specs.state(*state)),
-            "dS_initial": (_float32(*dW.shape), specs.state(*state)) if has_momentum else None,
+            "dW_initial": d_state,
+            "dS_initial": d_state if has_momentum else None,
+            "dW_fresh": d_state if fresh is not None else None,
+            "dS_fresh": d_state if fresh is not None and has_momentum else None,
         },
         scratch={
             "dW": (plan.step_heads, *state),
@@ -441,8 +511,9 @@ def _backward(
         interpret=how.interpret,
     )
     drows = _with_ends(how, found.drows, found.dends, has_momentum)
-    gradients = _Inputs(found.dq, found.dk, found.dv, found.dpairs, drows)
-    return gradients, found.dW_initial, found.dS_initial
+    gradients = _Inputs(found.dq, found.dk, found.dv, found.dpairs, drows, None)
+    d_fresh = None if fresh is None else _Memory(found.dW_fresh, found.dS_fresh)
+    return gradients, _Memory(found.dW_initial, found.dS_initial), d_fresh
 
 
 def _with_ends(how: _How, drows: jax.Array, dends: jax.Array, has_momentum: bool) -> jax.Array:
@@ -464,6 +535,9 @@ def _backward_step(how: _How, refs: SimpleNamespace) -> None:
     def _():
         for name in states:
             getattr(refs, f"d{name}")[...] = getattr(refs, f"d{name}_final")[0]
+            if refs.ends is not None:
+                d_fresh = getattr(refs, f"d{name}_fresh")
+                d_fresh[...] = jnp.zeros_like(d_fresh)
 
     same = _same_mini_batch(how.mini_batch)
     columns = [_columns(refs, plan, at) for at in plan.chunks()]
@@ -500,7 +574,7 @@ def _states_again(how: _How, refs: SimpleNamespace, columns: list[list[_Columns]
                 gamma = _gamma(refs.pairs[0, head, :, plan.chunks()[tile]], here)
                 S = refs.S[head, n] if has_momentum else None
                 W, S = _written(refs.W[head, n], S, k, D.astype(dtype), gamma, _here(columns[tile][head], here))
-                refs.W[head, n + 1] = W
+                refs.W[head, n + 1], S = _left(refs, now, head, W, S)
                 if has_momentum:
                     refs.S[head, n + 1] = S
 
@@ -528,6 +602,8 @@ def _tile_backward(
     for here in reversed(how.mini_batches()):
         n = (tile * LANES + here.start) // size
         now = slice(at.start + here.start, at.start + here.stop)
+        if refs.ends is not None:
+            _hand_to_fresh(refs, now)
         products = [_state_products(how, refs, n, now, head) for head in range(plan.step_heads)]
         for head, x in enumerate(products):
             _mini_batch_backward(how, refs, n, now, here, head, _here(columns[head], here), x)
@@ -535,6 +611,17 @@ def _tile_backward(
         keys = plan.key_lanes(head)
         refs.dq[0, at, keys], refs.dk[0, at, keys] = (x[head].astype(dtype) for x in (refs.sum_dq, refs.sum_dk))
     refs.drows[0, 0, :, at] = jnp.transpose(refs.columns[...])[: refs.drows.shape[2]]
+
+
+def _hand_to_fresh(refs: SimpleNamespace, now: slice) -> None:
+    """Where the mini-batch after `now` begins a document, the cotangents of its state are those of the fresh one."""
+    end = _ends(refs, now)
+    for d_state, d_fresh in ((refs.dW, refs.dW_fresh), (refs.dS, refs.dS_fresh)):
+        if d_fresh is None:
+            continue
+        for head in range(d_state.shape[0]):
+            d_fresh[0, head] += jnp.where(end, d_state[head], 0.0)
+            d_state[head] = jnp.where(end, 0.0, d_state[head])
 
 
 class _StateProducts(NamedTuple):

@@ -93,16 +93,20 @@ def in_slots(
 def in_tiles(
     inputs: MiniBatch,
     start: Memory,
-    fresh: Memory,
+    fresh: Memory | None,
     tiles: _tiles.Tiles,
     norm: Norm | None,
     options: Options,
     group: int,
 ) -> tuple[Array, Memory]:
-    """Rows of any documents, from any place in a mini-batch. fresh: where documents start, [h, ...]."""
+    """Rows of any documents, from any place in a mini-batch.
+
+    fresh: where documents start, [h, ...]; None where none does, but for the one that the rows go on with.
+    """
     cut = jax.tree.map(lambda x: _tiles.to_tiles(x, tiles), inputs)
     tile = _tile_with(norm, fresh, options)
-    memory, o = _scan_tiles(tile, start, (_heads_first(cut), tiles.real, tiles.starts), group)
+    starts = None if fresh is None else tiles.starts
+    memory, o = _scan_tiles(tile, start, (_heads_first(cut), tiles.real, starts), group)
     return _tiles.from_tiles(_heads_last(o), tiles), memory
 
 

@@ -34,6 +34,8 @@ diverges if and only if the largest eigenvalue of sum_j 2 theta_j k_j^T k_j over
 thetas that sum up to 1 are safe.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +44,7 @@ from jaxtyping import Float, Int
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
-from seqmodels.ops import _dispatch, _scan, _tiles
+from seqmodels.ops import _dispatch, _neural_memory_kernel, _scan, _tiles
 from seqmodels.ops._arguments import check_values
 from seqmodels.ops._memory_network import ACTIVATIONS, Linear, Norm, Weights, loss, read
 from seqmodels.ops._neural_memory_chunked import Memory, MiniBatch, in_order, in_tiles
@@ -272,39 +274,36 @@ def _step(state: NeuralMemoryState, arrays: Inputs, options: Options) -> tuple[N
 def _chunked(
     arrays: Inputs, state: NeuralMemoryState, docs: Documents | None, chunk_size: int | None, options: Options
 ) -> tuple[Array, NeuralMemoryState]:
+    how = {"norm": arrays["norm"], "options": options, "group": -(-(chunk_size or 1) // options["mini_batch"])}
+    return _by_mini_batches(arrays, state, docs, options, partial(in_order, **how), partial(in_tiles, **how))
+
+
+def _by_mini_batches(
+    arrays: Inputs,
+    state: NeuralMemoryState,
+    docs: Documents | None,
+    options: Options,
+    in_order: Callable[[MiniBatch, Memory], tuple[Array, Memory]],
+    in_tiles: Callable[[MiniBatch, Memory, Memory | None, _tiles.Tiles], tuple[Array, Memory]],
+) -> tuple[Array, NeuralMemoryState]:
+    """`in_order` where mini-batches follow one another from the first token, else `in_tiles`."""
     size, length = options["mini_batch"], arrays["q"].shape[1]
-    group = -(-(chunk_size or 1) // size)
     inputs, start = MiniBatch(*(arrays[name] for name in MiniBatch._fields)), Memory(*state[:3])
     if docs is None and options["fresh"]:
-        o, memory = in_order(inputs, start, arrays["norm"], options, group)
+        o, memory = in_order(inputs, start)
         return o, NeuralMemoryState(*memory, state.place + length % size)
     fresh = _initial_state(arrays, options)
     tiles = _tiles.lay(docs, state.place, length, size)
 
     def by_tiles() -> tuple[Array, NeuralMemoryState]:
-        one_row = jax.tree.map(lambda x: x[0], Memory(*fresh[:3]))
-        o, memory = in_tiles(inputs, start, one_row, tiles, arrays["norm"], options, group)
+        one_row = None if docs is None else jax.tree.map(lambda x: x[0], Memory(*fresh[:3]))
+        o, memory = in_tiles(inputs, start, one_row, tiles)
         return o, NeuralMemoryState(*memory, tiles.place)
 
     def by_tokens() -> tuple[Array, NeuralMemoryState]:
         return _scan.recurrent_in_spans(_step, fresh, arrays, TIME_ARGS, state, docs, options)
 
     return by_tiles() if tiles.fit is None else jax.lax.cond(tiles.fit, by_tiles, by_tokens)
-
-
-def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
-    if len(arrays["weights"]) != 1 or arrays["weights"][0].c is not None:
-        return "the memory has several layers, or a bias; expected one matrix"
-    if arrays["norm"] is not None or options["residual"] or arrays["reach"] is not None:
-        return "there is a norm, a residual or reach; expected none of them"
-    if options["documents"]:
-        return "segment_ids came in; expected rows of one document"
-    if not options["fresh"]:
-        return "a state came in, which may be inside a mini-batch; expected none"
-    # Here, so that a program without kernels need not load Pallas.
-    from pallas_kernels.tpu import neural_memory as kernel
-
-    return kernel.supports(*(arrays[name] for name in "qkv"), options["mini_batch"])
 
 
 def _kernel(
@@ -316,26 +315,11 @@ def _kernel(
     options: Options,
     **how: Any,
 ) -> tuple[Array, NeuralMemoryState]:
-    """Whole mini-batches by the kernel, what is left after them in order."""
-    from pallas_kernels.tpu import neural_memory as kernel
-
-    size, length = options["mini_batch"], arrays["q"].shape[1]
-    whole = length // size * size
-    inputs = MiniBatch(*(arrays[name] for name in MiniBatch._fields))
-    W, S, _, place = state
-    outputs = []
-    if whole:
-        *gated, _ = jax.tree.map(lambda x: x[:, :whole], inputs)
-        how = {"mini_batch": size, "loss_scale": options["loss_scale"], "chunk_size": chunk_size, **how}
-        o, A, momentum = kernel.neural_memory(*gated, W[0].A, None if S is None else S[0].A, **how)
-        W, S = (Linear(A),), None if S is None else (Linear(momentum),)
-        outputs.append(o)
-    memory = Memory(W, S, W)
-    if whole < length:
-        rest = jax.tree.map(lambda x: x[:, whole:], inputs)
-        o, memory = in_order(rest, memory, None, options, 1)
-        outputs.append(o)
-    return jnp.concatenate(outputs, axis=1), NeuralMemoryState(*memory, place + length % size)
+    if arrays["q"].shape[1] < options["mini_batch"]:
+        return _chunked(arrays, state, docs, chunk_size, options)
+    how = {"options": options, "chunk_size": chunk_size, **how}
+    ways = partial(_neural_memory_kernel.in_order, **how), partial(_neural_memory_kernel.in_tiles, **how)
+    return _by_mini_batches(arrays, state, docs, options, *ways)
 
 
 def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
@@ -383,7 +367,7 @@ NEURAL_MEMORY = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked},
-    kernels={"pallas_tpu": Kernel("tpu", _kernel_supports, _kernel)},
+    kernels={"pallas_tpu": Kernel("tpu", _neural_memory_kernel.supports, _kernel)},
     summary_kind="relay",
     head_axes={**dict.fromkeys(TIME_ARGS, 2), "weights": 0, "momentum": 0, "norm": 0},
     examples=_examples,

@@ -8,6 +8,7 @@ each kernel for every generation. Kernels of libraries (splash attention) have t
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from seqmodels.errors import InputError
 from seqmodels.ops._op import SeqOp
 from seqmodels.tools.compile_check.chips import target
 from seqmodels.tools.kernel_report.cases import CASES, KERNEL, Request, size
+from seqmodels.tools.kernel_report.programs import Built, backward
 from seqmodels.tools.kernel_report.worker import TOPOLOGIES
 from tests.conformance.cases import BFLOAT16, FLOAT32, RECURRENT, OpCase, Outcome, Span
 from tests.conformance.compare import assert_close, cast
@@ -234,10 +236,40 @@ def nothing_kept():
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("wanted", programs())
 def test_compiles_for_every_generation(wanted, generation):
+    assert "tpu_custom_call" in compiled_for(generation, wanted.build)
+
+
+def memory_of_documents() -> Built:
+    """The kernel alone: around it the operator has a program for documents that fill too many mini-batches."""
+    from pallas_kernels.tpu import neural_memory as kernel
+
+    heads, gates, matrices = ((*SMALL[:3], SMALL.channels), SMALL[:3], (1, SMALL.heads, *(SMALL.channels,) * 2))
+    mini_batch = 64
+
+    def run(q, k, v, theta, alpha, eta, W, S, token, starts):
+        given = {"token": token, "fresh": kernel.Fresh(starts, W[0], S[0])}
+        return kernel.neural_memory(
+            q, k, v, theta, alpha, eta, W, S, mini_batch=mini_batch, loss_scale=1.0, **given
+        )
+
+    floats = [jax.ShapeDtypeStruct(shape, FLOAT32) for shape in (*(heads,) * 3, *(gates,) * 3, *(matrices,) * 2)]
+    marks = [jax.ShapeDtypeStruct((SMALL.batch, SMALL.length // n), bool) for n in (1, mini_batch)]
+    return backward(run, [*floats, *marks])
+
+
+@needs_tpu_compiler
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_a_memory_of_documents_compiles_for_every_generation(generation):
+    assert "tpu_custom_call" in compiled_for(generation, memory_of_documents)
+
+
+def compiled_for(generation: str, build: Callable[[], Built]) -> str:
+    """The program's text."""
     mesh = jax.sharding.Mesh(target(TOPOLOGIES[generation]).devices[:1], ("device",))
     with jax.set_mesh(mesh):
-        built = wanted.build()
+        built = build()
         replicated = NamedSharding(mesh, PartitionSpec())
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated) for x in built.arguments]
         program = jax.jit(built.function).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
-    assert "tpu_custom_call" in program.as_text()
+    return program.as_text()

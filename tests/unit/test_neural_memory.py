@@ -12,7 +12,7 @@ from seqmodels.errors import InputError
 from seqmodels.layers import TTT, TitansMemory
 from seqmodels.ops._memory_network import Linear, Norm
 from seqmodels.ops.delta_rule import delta_rule
-from seqmodels.ops.neural_memory import NEURAL_MEMORY, fresh_start, neural_memory, recall
+from seqmodels.ops.neural_memory import NEURAL_MEMORY, NeuralMemoryState, fresh_start, neural_memory, recall
 from tests.conformance.cases import described_by
 from tests.operators import LENGTH, SEGMENTS, assert_close
 
@@ -309,10 +309,15 @@ def of_one_matrix(dtype, length: int = 72, **without) -> dict:
     return jax.tree.map(jnp.asarray, {name: x for name, x in arrays.items() if name not in without})
 
 
-def outputs_and_gradients(arrays, **options):
+def outputs_and_gradients(arrays, place=None, **options):
+    """arrays may have W, S and R of a state, of which `place` [b] tokens of a mini-batch have been read."""
+
     def loss(arrays):
+        arrays = dict(arrays)
+        if place is not None:
+            options["initial_state"] = NeuralMemoryState(*arrays.pop("state"), place)
         o, state = neural_memory(**arrays, mini_batch=16, **options)
-        total = sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves((state.weights, state.momentum)))
+        total = sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(state[:3]))
         return jnp.sum(jnp.sin(o)) + total, (o, state)
 
     (_, found), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
@@ -328,10 +333,41 @@ def test_the_kernel_equals_the_recurrent_form(float64, without):
     assert_close(found, expected, "kernel")
 
 
+# A mini-batch that was begun is finished or ends with its document; a document of one token; padding; a row in which
+# nothing but that mini-batch goes on.
+PACKED = np.array([[1] * 30 + [2] + [0] * 2 + [3] * 39, [0] * 40 + [1] * 4 + [0] * 28])
+
+
+def begun(dtype, momentum: bool) -> tuple:
+    """W, S and R of two rows inside a mini-batch."""
+    rng = np.random.default_rng(4)
+    W, S, R = ((Linear(jnp.asarray(scale * rng.normal(size=(2, 2, 24, 24)), dtype)),) for scale in (0.5, 0.1, 0.5))
+    return W, S if momentum else None, R
+
+
+@pytest.mark.parametrize(
+    ("segment_ids", "without", "goes_on"),
+    [
+        pytest.param(PACKED, (), True, id="documents, a state"),
+        pytest.param(None, ("eta", "momentum"), True, id="a state"),
+        pytest.param(PACKED, ("alpha",), False, id="documents", marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernel_takes_documents_and_states(float64, segment_ids, without, goes_on):
+    def arrays(dtype):
+        state = {"state": begun(dtype, "eta" not in without)} if goes_on else {}
+        return {**of_one_matrix(dtype, **dict.fromkeys(without)), **state}
+
+    how = {"segment_ids": segment_ids, "place": jnp.array([5, 9]) if goes_on else None}
+    expected = outputs_and_gradients(arrays(np.float64), **how, form="recurrent")
+    with by_kernel():
+        found = outputs_and_gradients(arrays(np.float32), **how, backend="pallas_tpu")
+    assert_close(found, expected, "kernel")
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"segment_ids": np.ones((2, 72), int)}, "segment_ids came in; expected rows of one document"),
         ({"mini_batch": 5}, "mini_batch=5; expected one of"),
         ({"residual": True}, "there is a norm, a residual or reach"),
     ],
