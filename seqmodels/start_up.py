@@ -18,6 +18,9 @@ def prepare_jax() -> None:
         # It is loaded all the same, and says at length what it misses.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    if not has_nvidia_driver():
+        # Where JAX's plugin for CUDA is installed, as a compiler, it would report that NVIDIA's libraries are not.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if jax.config.jax_compilation_cache_dir is not None:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqmodels" / "xla"
@@ -37,6 +40,12 @@ def has_tpu_chips() -> bool:
     """Whether this machine has TPUs. Asking jax would start it."""
     devices = Path("/dev")
     return any(devices.glob("accel*")) or any(devices.glob("vfio/[0-9]*"))
+
+
+def has_nvidia_driver() -> bool:
+    """Whether this machine may have NVIDIA GPUs. Of its devices /dev/dxg is Windows'."""
+    devices = Path("/dev")
+    return any(devices.glob("nvidia*")) or (devices / "dxg").exists()
 
 
 def _drop_torn_entries(folder: Path) -> None:

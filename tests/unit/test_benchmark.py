@@ -33,6 +33,7 @@ from seqmodels.tools.benchmark.gpu.messages import Ready as GpuReady
 from seqmodels.tools.benchmark.messages import Ready, Run, Subject, Task
 from seqmodels.tools.benchmark.peers import PEERS, Peer
 from seqmodels.tools.benchmark.processes import Ended
+from seqmodels.tools.benchmark.programs import jax_step
 from seqmodels.tools.benchmark.report import Group, conclusion, ratio, table
 
 SMALL = ["--heads", "2", "--key_dim", "8", "--value_dim", "4"]
@@ -314,6 +315,46 @@ ON_CPU = suite.Protocol(libraries=("torch",), platform="cpu", repeats=1, limit=1
 
 def measured(name, ms, backward=False, host=0.0, **values) -> Measured:
     return Measured(Key(name, backward), values, (ms / 1e3,), 10, host, 0.0)
+
+
+def test_what_the_gpu_suite_measures_by_default():
+    plan = gpu_command._plan(gpu_command._parser().parse_args([]))
+    sizes = {(work.length, work.key_dim, work.value_dim) for work in plan}
+    assert sizes == {(length, width, width) for length in (2048, 8192, 32768) for width in (64, 128)}
+    peers = {(work.op, work.case): {x.name for x in gpu_peers.peers(work.op, work.case)} for work in plan}
+    assert len(plan) == len(sizes) * len(peers)
+    expected = {
+        ("linear_attention", "none"): "fla chunk_simple_gla",
+        ("linear_attention", "head"): "fla chunk_simple_gla",  # retention, lightning attention
+        ("linear_attention", "scalar"): "fla chunk_simple_gla",
+        ("linear_attention", "channel"): "fla chunk_gla",
+        ("delta_rule", "none"): "fla chunk_delta_rule",
+        ("delta_rule", "scalar"): "fla chunk_gated_delta_rule",
+        ("delta_rule", "channel"): "fla chunk_kda",
+        ("ssd", "one_group"): "mamba_ssm mamba_chunk_scan_combined",
+    }
+    assert peers.keys() == expected.keys()
+    assert all(expected[each] in names for each, names in peers.items())
+
+
+@pytest.mark.parametrize("op", [name for name, op in ops().items() if "pallas_gpu" in op.kernels])
+def test_a_kernel_is_measured_by_its_name(op):
+    """Also one that backend="auto" does not take."""
+    lowered = []
+    for case in CASES[op]:
+        work = Workload(op, case, 1, 128, 2, 64, 64, "bfloat16")
+        given = inputs(work)
+        placed = libraries.JaxLibrary("cpu").place(given, work)
+        for name in ("pallas_gpu", "xla"):
+            step = jax.jit(jax_step(gpu_worker._ours(name, work, given).call, True))
+            try:
+                text = step.trace(placed.arrays, placed.cotangent).lower(lowering_platforms=("cuda",)).as_text()
+            except ValueError as error:
+                assert name == "pallas_gpu" and "cannot run this" in str(error)
+            else:
+                lowered.append((case, name))
+                assert ("mosaic_gpu" in text) == (name == "pallas_gpu")
+    assert any(name == "pallas_gpu" for _, name in lowered)
 
 
 def test_every_gpu_peer_belongs_to_a_case():

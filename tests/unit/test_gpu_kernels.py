@@ -12,7 +12,7 @@ from jax import lax
 from pallas_kernels.gpu import _chunk, _walk, _walk_back
 from pallas_kernels.gpu import linear_attention as kernels
 from pallas_kernels.gpu.linear_attention import linear_attention, supports
-from tests.hopper import compile_for_hopper, needs_cuda_compiler, on_gpu_or_interpreted
+from tests.hopper import SHARED_MEMORY, kernels_for_hopper, needs_cuda_compiler, on_gpu_or_interpreted
 
 BFLOAT16 = float(jnp.finfo(jnp.bfloat16).eps)
 # Of the norm of the difference to that of the reference. Results, scores and states are rounded to bfloat16, each by a
@@ -85,11 +85,23 @@ def test_lowers_for_cuda(case, program):
     assert "mosaic_gpu" in lowered.as_text()
 
 
+# Bytes that a thread writes to memory and reads back for want of registers, in the kernel that does so most, by the
+# channels of a head. Compilers differ by some: jax 0.10.2 has 136, 716 and 2116. A kernel over these has grown.
+SPILLS = {64: 200, 128: 1000, 256: 2600}
+
+
 @needs_cuda_compiler
 @pytest.mark.parametrize("case", SIZES, ids=str)
 def test_compiles_for_hopper(case):
-    """What needs too much shared memory, or a layout that the hardware does not have, fails here."""
-    compile_for_hopper(backward, case.shapes())
+    """Forward and backward: what needs a layout that the hardware does not have fails here, too."""
+    kernels = kernels_for_hopper(backward, case.shapes())
+    assert kernels
+    channels = max(case.key_channels, case.value_channels)
+    allowed = min(bytes_ for most, bytes_ in SPILLS.items() if channels <= most)
+    for kernel in kernels:
+        assert kernel.spills <= allowed, kernel
+        assert kernel.shared_memory <= SHARED_MEMORY, kernel
+        assert kernel.blocks >= 1, kernel
 
 
 def definition(q, k, v, g, state, index, scale):

@@ -13,14 +13,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
 from seqmodels.ops import aaren
+from seqmodels.registry import ops
 from seqmodels.tools.compile_check.chips import CHIPS
 from seqmodels.tools.compile_check.hlo import Module
 from seqmodels.tools.kernel_report import __main__ as kernel_report
-from seqmodels.tools.kernel_report import cases, figures, llo, report
+from seqmodels.tools.kernel_report import cases, figures, hopper, llo, report
 from seqmodels.tools.kernel_report.pallas_calls import operations, pallas_calls
 from seqmodels.tools.kernel_report.processes import compile_all
 from seqmodels.tools.kernel_report.programs import FunctionRequest, array_bytes, build
 from seqmodels.tools.kernel_report.worker import TOPOLOGIES
+from tests.hopper import needs_cuda_compiler
 from tests.tpu_compiler import needs_tpu_compiler
 
 V5E, V5P = (figures.Device(name, CHIPS[name].of_device(cores), cores) for name, cores in (("v5e", 1), ("v5p", 2)))
@@ -434,7 +436,7 @@ def test_every_case_can_be_traced(request_):
     built = request_.build()
     results = of(jax.tree.leaves(jax.eval_shape(built.function, *built.arguments)))
     inputs = of(request_._replace(direction="forward").build().arguments)
-    (wide,) = {shape for shape, dtype in inputs if len(shape) == 3 and dtype == jnp.bfloat16}
+    wide = max(shape for shape, dtype in inputs if len(shape) == 3 and dtype == jnp.bfloat16)
     assert wide == (2, 64, 2 * 8), "as a projection gives it"
     output = [(wide, jnp.bfloat16)]
     assert results == {"forward": output, "backward": inputs, "both": output + inputs}[request_.direction]
@@ -665,6 +667,8 @@ def test_a_function_that_is_not_compiled_ends_with_an_error(here, monkeypatch):
         (["--arguments", "f32[8]"], "--arguments and --set are those of a --function"),
         (["--function", "a:b", "--arguments", "f32[8]", "--cases", "aaren"], "--cases is for our operators"),
         (["--function", "a:b", "--arguments", "f32[8]", "--set", "block"], "--set 'block': expected NAME=VALUE"),
+        (["--generations", "h100", "v5e"], "--generations has h100 beside TPUs"),
+        (["--generations", "h100", "--simulate"], "--simulate is for TPUs; expected it without h100"),
         (["--sizes", "128"], "--sizes has '128'; expected positions and KiB, as 128:1024"),
         (["--plot", "kernels.jpg"], "expected one of .png, .svg, .pdf"),
         (["--json", "/dev/null/kernels.json"], "cannot be written"),
@@ -715,3 +719,92 @@ def test_without_the_compiler(here, monkeypatch):
 def test_cases_are_listed(here):
     ended = here(kernel_report.main, "--list")
     assert ended.out.splitlines() == list(cases.CASES)
+
+
+# Kernels for GPUs.
+
+REMARKS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'body_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for body_mosaic_gpu_kernel
+    72 bytes stack frame, 68 bytes spill stores, 72 bytes spill loads
+ptxas info    : Used 255 registers, used 2 barriers, 72 bytes cumulative stack size, 1 bytes smem
+"""
+PASSES = """\
+    %c128 = arith.constant 128 : index
+    %c103472_i32 = arith.constant 103472 : i32
+    %543 = gpu.launch async [%0] blocks(%arg2, %arg3, %arg4) in (%arg8 = %c2, %arg9 = %c4, %arg10 = %c1) \
+threads(%arg5, %arg6, %arg7) in (%arg11 = %c128, %arg12 = %c1_0, %arg13 = %c1_1) \
+dynamic_shared_memory_size %c103472_i32 {
+    %c8_i32 = arith.constant 8 : i32
+    %321 = gpu.launch async [%0] threads(%arg5) in (%arg11 = %c128) dynamic_shared_memory_size %c8_i32 {
+"""
+
+
+def test_what_the_compiler_writes_of_kernels_for_gpus(tmp_path):
+    for name, registers in (("body_10", 94), ("body_9", 255)):
+        (tmp_path / f"{name}.ptxas").write_text(REMARKS.replace("255", str(registers)))
+        (tmp_path / f"{name}.ptx").write_text(".visible .entry body_mosaic_gpu_kernel(\n)\n.maxntid 128, 1, 1\n")
+        (tmp_path / f"{name}.mlir-passes.log").write_text(PASSES)
+    expected = hopper.Kernel("body", registers=255, spills=140, shared_memory=103472, threads=128)
+    assert hopper.read(tmp_path) == [expected, expected._replace(registers=94)]
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_memory", "threads", "blocks"),
+    [
+        (94, 43024, 128, 5),  # by registers: 12,288 of a block
+        (32, 75 << 10, 128, 3),  # by shared memory, of which a KiB more is taken
+        (32, 0, 1024, 2),  # by threads
+        (255, 0, 256, 1),
+        (16, 0, 32, 32),
+        (255, 0, 1024, 0),
+    ],
+)
+def test_blocks_of_a_multiprocessor(registers, shared_memory, threads, blocks):
+    assert hopper.Kernel("body", registers, 0, shared_memory, threads).blocks == blocks
+
+
+def test_every_operator_with_a_kernel_for_gpus_is_a_case():
+    reported = {case.partition(",")[0] for case in cases.CASES}
+    assert {name for name, op in ops().items() if cases.GPU_KERNEL in op.kernels} <= reported
+
+
+@needs_cuda_compiler
+def test_kernels_for_gpus_are_reported_and_written(here, tmp_path):
+    document, figures_ = tmp_path / "k.md", tmp_path / "k.json"
+    ended = here(
+        kernel_report.main, "--generations", "h100", "--cases", "ssd, one group", "--tokens", "256", "--lengths", "128",
+        "--heads", "2", "--channels", "64", "--directions", "forward",
+        "--markdown", document, "--json", figures_,
+    )  # fmt: skip
+    assert ended.code == EXIT_DONE, ended.err
+    written = {row["case"]: row for row in json.loads(figures_.read_text())["rows"]}
+    found = written["ssd, one group"]["kernels"][-1]
+    assert 0 < found["registers"] <= 255 and 0 < found["shared_memory"] <= hopper.SHARED_MEMORY
+    assert f"| 128 | {found['registers']} | {found['spills']} |" in document.read_text()
+
+
+@needs_cuda_compiler
+def test_a_kernel_that_asks_for_too_much_shared_memory(here):
+    ended = here(
+        kernel_report.main, "--generations", "h100", "--function", f"{__file__}:much_shared_memory",
+        "--arguments", "f32[128]",
+    )  # fmt: skip
+    assert ended.code == EXIT_DEFECT and "shared memory" in ended.out, ended
+
+
+def much_shared_memory(x):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(x, o, space):
+        space[0] = x[...]
+        o[...] = space[0]
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_types=[plgpu.SMEM((1000, *x.shape), x.dtype)],
+        grid=(1,),
+        grid_names=("one",),
+    )(x)

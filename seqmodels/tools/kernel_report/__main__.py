@@ -13,19 +13,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, InputError, nearest, run_main
-from seqmodels.tools._documents import check_writable, put_section
+from seqmodels.tools._documents import check_writable, markdown_table, put_section
 from seqmodels.tools.compile_check.chips import CHIPS
-from seqmodels.tools.kernel_report import report
-from seqmodels.tools.kernel_report.cases import CASES, DIRECTIONS, KERNEL, XLA, Request, size
+from seqmodels.tools.kernel_report import hopper, report
+from seqmodels.tools.kernel_report.cases import CASES, DIRECTIONS, GPU_KERNEL, KERNEL, XLA, Request, size
 from seqmodels.tools.kernel_report.figures import TIMING
-from seqmodels.tools.kernel_report.processes import compile_all
+from seqmodels.tools.kernel_report.processes import compile_all, compile_on_hopper
 from seqmodels.tools.kernel_report.programs import FunctionRequest
 from seqmodels.tools.survey import plots
+from seqmodels.tools.survey.report import as_text
 
 DESCRIPTION = """\
 What the TPU compiler says of our kernels, on any Linux machine and without a TPU: cycles and steps, the time estimated
 from them, MXU use, spilled registers, VMEM and HBM, beside the same operator by XLA alone and beside the bound. With
---function, of any function: for those who write kernels. Needs the compiler: pip install -e '.[tpu]'."""
+--function, of any function: for those who write kernels. Needs the compiler: pip install -e '.[tpu]'.
+
+With --generations h100: registers, spills and shared memory of each of our kernels for Hopper GPUs, without a GPU.
+Needs JAX's CUDA plugin, which pip install -e '.[dev]' brings."""
 
 EPILOG = """\
 examples:
@@ -33,6 +37,7 @@ examples:
   python -m seqmodels.tools.kernel_report --markdown docs/kernels.md --plot docs/kernels.png
   python -m seqmodels.tools.kernel_report --function my_kernels.py:forward --set chunk=256 \\
       --arguments 'bf16[1,8192,2048] bf16[1,8192,2048] bf16[1,8192,2048] f32[1,8192,16]' --generations v5e v6e
+  python -m seqmodels.tools.kernel_report --cases linear_attention --lengths 8192 --generations h100
 
 figures:
   time      of a kernel: steps of its grid, each the cycles of its schedule or the time its copies take, whichever is
@@ -62,13 +67,20 @@ def main(argv: list[str]) -> int:
         check_writable(name, getattr(options, name))
     if options.plot is not None:
         plots.check(options.plot)
-    if importlib.util.find_spec("libtpu") is None:
+    on_gpu = options.generations == [hopper.GENERATION]
+    if on_gpu and not hopper.has_compiler():
+        raise InputError(
+            "the GPU compiler is not installed; expected JAX's CUDA plugin, as `pip install -e '.[dev]'` does"
+        )
+    if not on_gpu and importlib.util.find_spec("libtpu") is None:
         raise InputError("the TPU compiler is not installed; expected libtpu, as `pip install -e '.[tpu]'` brings it")
-    if options.function:
-        return _report_function(options)
     if options.list:
         print("\n".join(CASES))
         return EXIT_DONE
+    if on_gpu:
+        return _report_hopper(options, argv)
+    if options.function:
+        return _report_function(options)
     return _report_cases(options, argv)
 
 
@@ -76,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     some = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--generations", default=list(CHIPS), **some, help=f"of {', '.join(CHIPS)}")
+    parser.add_argument(
+        "--generations", default=list(CHIPS), **some, help=f"of {', '.join(CHIPS)}; or {hopper.GENERATION}"
+    )
     parser.add_argument(
         "--directions",
         **some,
@@ -111,10 +125,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, valid in (("generations", CHIPS), ("directions", DIRECTIONS)):
+    for name, valid in (("generations", [*CHIPS, hopper.GENERATION]), ("directions", DIRECTIONS)):
         for value in getattr(options, name) or []:
             if value not in valid:
                 raise InputError(f"--{name} has {value!r}, which does not exist; {nearest(value, valid)}")
+    if hopper.GENERATION in options.generations:
+        if options.generations != [hopper.GENERATION]:
+            raise InputError(
+                f"--generations has {hopper.GENERATION} beside TPUs, whose figures are others; expected one"
+            )
+        for name in ("simulate", "sizes", "plot"):
+            if getattr(options, name):
+                raise InputError(f"--{name} is for TPUs; expected it without {hopper.GENERATION}")
     for name in ("tokens", "heads", "channels"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}; expected at least 1")
@@ -180,6 +202,40 @@ def _report_cases(options: argparse.Namespace, argv: list[str]) -> int:
         report.draw(rows, options.plot)
     results = [x for row in rows for x in (row.kernel, row.xla) if x is not None]
     failed = any("error" in x and not x.get("input_error") for x in results)
+    return EXIT_DEFECT if failed else EXIT_DONE
+
+
+def _report_hopper(options: argparse.Namespace, argv: list[str]) -> int:
+    from seqmodels.training.run_directory import environment
+
+    if options.function:
+        keywords = dict(each.split("=", 1) for each in options.set)
+        requests = [
+            FunctionRequest(options.function, options.arguments, keywords, x) for x in options.directions or ["forward"]
+        ]
+        wanted = [(f"{x.function}, {x.direction}", "", x) for x in requests]
+    else:
+        sizes = [size(options.tokens, length, options.heads, options.channels) for length in options.lengths]
+        directions = options.directions or DIRECTIONS
+        wanted = [
+            (f"{case}, {direction}", f"{shape.length:,}", Request(case, direction, GPU_KERNEL, shape))
+            for case, shape, direction in itertools.product(_chosen_cases(options.cases), sizes, directions)
+        ]
+    found = []
+    for program, tokens, request in tqdm(wanted, unit="program", file=sys.stderr):
+        found.append((program, tokens, compile_on_hopper(request)))
+    table, missing = report.hopper_table(found), report.hopper_missing(found)
+    print("\n\n".join([*([as_text(table)] if table.rows else []), *missing]))
+    conditions = environment()
+    if options.json is not None:
+        rows = [{"program": program, **request._asdict(), **x} for (program, _, x), (*_, request) in zip(found, wanted)]
+        options.json.write_text(json.dumps({"environment": conditions, "rows": rows}, indent=1) + "\n")
+    if options.markdown is not None:
+        heading = f"`{PROGRAM} {shlex.join(argv)}`, {conditions['time'][:10]}, jax {conditions['packages'].get('jax')}"
+        lines = "\n".join(f"- {line}" for line in missing)
+        parts = [report.HOPPER_NOTES, heading, markdown_table(table.columns, table.rows), *([lines] if lines else [])]
+        put_section(options.markdown, "kernels for h100", parts, start=report.START)
+    failed = any("error" in x and not x.get("input_error") for *_, x in found)
     return EXIT_DEFECT if failed else EXIT_DONE
 
 

@@ -20,7 +20,7 @@ from seqmodels.errors import InputError
 from seqmodels.notation import Array
 from seqmodels.tools.kernel_report.programs import DTYPES, Built, build
 
-KERNEL, XLA = "pallas_tpu", "xla"
+KERNEL, GPU_KERNEL, XLA = "pallas_tpu", "pallas_gpu", "xla"
 BACKENDS = (KERNEL, XLA)
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -93,8 +93,8 @@ class Request(NamedTuple):
         case = CASES[self.case]
         module, _, name = case.operator.partition(":")
         op = getattr(importlib.import_module(module), name)
-        if self.backend == KERNEL and KERNEL not in op.kernels:
-            raise InputError(f"{op.name} has no kernel for TPUs")
+        if self.backend != XLA and self.backend not in op.kernels:
+            raise InputError(f"{op.name} has no kernel for {'TPUs' if self.backend == KERNEL else 'GPUs'}")
         names = {
             name: jax.ShapeDtypeStruct(x.shape, DTYPES[self.dtype]) if x.dtype == jnp.bfloat16 else x
             for name, x in case.arguments(self.size).items()
@@ -142,8 +142,8 @@ def _plain_call(function: Callable[..., Any], arrays: dict[str, Array], backend:
     return function(**arrays, backend=backend)[0]
 
 
-# Linear attention: q k', A v, q S and k' v. Backward, in two passes over the sequence: q k' and k' v again, and the
-# gradients, of which that of A is computed in both passes.
+# Linear attention, as which ssd runs too: q k', A v, q S and k' v. Backward, in two passes over the sequence: q k' and
+# k' v again, and the gradients, of which that of A is computed in both passes.
 _C_LINEAR = 256
 _LINEAR = {
     "forward": lambda d: 2 * _C_LINEAR * (d + d) + 4 * d * d,
@@ -197,7 +197,15 @@ def _memory_call(function: Callable[..., Any], arrays: dict[str, Array], backend
     return function(**arrays, weights=weights, mini_batch=_C_MEMORY, backend=backend)[0]
 
 
+def _state_space_arguments(s: Size) -> dict[str, jax.ShapeDtypeStruct]:
+    group = jax.ShapeDtypeStruct((s.batch, s.length, 1, s.channels), jnp.bfloat16)
+    of_heads = jax.ShapeDtypeStruct((s.heads,), jnp.float32)
+    x, dt = _shape(s, s.channels, jnp.bfloat16), _shape(s, None, jnp.float32)
+    return {"x": x, "dt": dt, "A": of_heads, "B": group, "C": group, "D": of_heads}
+
+
 _LINEAR_OP = "seqmodels.ops.linear_attention:LINEAR_ATTENTION"
+_STATE_SPACE_OP = "seqmodels.ops.ssd:SSD"
 _DELTA_OP = "seqmodels.ops.delta_rule:DELTA_RULE"
 _AAREN_OP = "seqmodels.ops.aaren:AAREN"
 _CONV_OP = "seqmodels.ops.short_conv:SHORT_CONV"
@@ -207,6 +215,7 @@ CASES = {
     "linear_attention, no decay": Case(_LINEAR_OP, _qkv("no"), _plain_call, _LINEAR),
     "linear_attention, scalar decay": Case(_LINEAR_OP, _qkv("scalar"), _plain_call, _LINEAR),
     "linear_attention, decay per channel": Case(_LINEAR_OP, _qkv("channel"), _plain_call, _LINEAR),
+    "ssd, one group": Case(_STATE_SPACE_OP, _state_space_arguments, _plain_call, _LINEAR),
     "delta_rule, no decay": Case(_DELTA_OP, _qkv("no", beta=True), _plain_call, _DELTA),
     "delta_rule, scalar decay": Case(_DELTA_OP, _qkv("scalar", beta=True), _plain_call, _DELTA),
     "delta_rule, decay per channel": Case(_DELTA_OP, _qkv("channel", beta=True), _plain_call, _DELTA),

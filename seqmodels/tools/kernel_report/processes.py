@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from seqmodels.errors import EXIT_INPUT, InputError
 from seqmodels.tools._processes import Program
+from seqmodels.tools.kernel_report import hopper
+from seqmodels.tools.kernel_report.cases import Request
+from seqmodels.tools.kernel_report.programs import FunctionRequest
 
 _LINES = 12  # of what the compiler says at its end
 
@@ -26,6 +29,22 @@ def compile_all(generation: str, requests: Sequence[NamedTuple], *, simulate: bo
                     kernel["remarks"].append("libtpu's simulator cannot follow it")
             left = left[1:]
             yield result
+
+
+def compile_on_hopper(request: Request | FunctionRequest) -> dict:
+    """{"kernels": ...}, or {"error": one line}. An operator that says what it does not support is no defect."""
+    try:
+        found = hopper.kernels_of(_built, request)
+    except Exception as error:  # whatever a function that is being written raises is what its author wants to see
+        expected = isinstance(error, InputError) or (isinstance(request, Request) and isinstance(error, ValueError))
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return {"error": line, "message": str(error), "input_error": expected}
+    return {"kernels": [{**x._asdict(), "blocks": x.blocks} for x in found]}
+
+
+def _built(request: Request | FunctionRequest) -> tuple:
+    built = request.build()
+    return built.function, list(built.arguments)
 
 
 def _work(generation: str, requests: Sequence[dict], simulate: bool) -> Iterator[dict]:

@@ -18,6 +18,11 @@ step is a step of a kernel's grid: cycles of its schedule, conditions by how oft
 it spills and fills. "limit" is what a kernel's time comes from: its schedule, the latency of its copies, or the
 memory's bandwidth."""
 
+HOPPER_NOTES = """\
+Kernels for Hopper GPUs, as the compiler makes them for an H100: registers of a thread, of which there are at most 255;
+bytes that a thread writes to memory and reads back for want of registers, in all its code; shared memory and threads of
+a block, and how many blocks a multiprocessor holds at a time. There are no times in it."""
+
 START = f"# What the TPU compiler says of our kernels\n\n{NOTES}\n"
 
 Result = dict[str, Any]
@@ -167,6 +172,34 @@ def missing(rows: Iterable[Row]) -> list[str]:
         places = zip(*((row.case, row.direction, f"{row.length:,}", row.generation) for row in there))
         lines.append(f"{reason} ({'; '.join(', '.join(dict.fromkeys(each)) for each in places)})")
     return lines
+
+
+def hopper_table(found: Sequence[tuple[str, str, Result]]) -> Table:
+    """A line for each kernel of each program. found: programs, their tokens, and {"kernels": ...} or {"error": ...}."""
+    columns = ("kernel of", "tokens", "registers", "spilled bytes", "shared KiB", "threads", "blocks a multiprocessor")
+    lines = [
+        (
+            f"{program}: {i + 1} {k['name']}",
+            tokens,
+            str(k["registers"]),
+            f"{k['spills']:,}",
+            f"{k['shared_memory'] / 1024:.1f}",
+            str(k["threads"]),
+            str(k["blocks"]),
+        )
+        for program, tokens, result in found
+        for i, k in enumerate(result.get("kernels", []))
+    ]
+    return Table("kernels for an H100", columns, lines)
+
+
+def hopper_missing(found: Sequence[tuple[str, str, Result]]) -> list[str]:
+    """A line for each reason why a program was not compiled."""
+    reasons: dict[str, list[str]] = {}
+    for program, tokens, result in found:
+        if "error" in result:
+            reasons.setdefault(result["error"], []).append(f"{program}, {tokens}" if tokens else program)
+    return [f"{reason} ({'; '.join(programs)})" for reason, programs in reasons.items()]
 
 
 def text(rows: Sequence[Row]) -> str:

@@ -41,6 +41,7 @@ exit codes:
 # linear_attention with its normaliser only where it is asked for: the same kernels, and a division.
 DEFAULT = (
     *(("linear_attention", case) for case in CASES["linear_attention"] if case != "normalized"),
+    *(("delta_rule", case) for case in CASES["delta_rule"]),
     *(("ssd", case) for case in CASES["ssd"]),
 )
 
@@ -149,7 +150,7 @@ def _plan(arguments: argparse.Namespace) -> list[Workload]:
             raise InputError(f"--lengths has {length}, which does not divide {arguments.tokens} tokens (--tokens)")
     found = list(DEFAULT)
     if arguments.op or arguments.case:
-        found = pairs(arguments.op or ["linear_attention", "ssd"], arguments.case)
+        found = pairs(arguments.op or list(dict.fromkeys(op for op, _ in DEFAULT)), arguments.case)
     return [
         Workload(op, case, arguments.tokens // length, length, arguments.heads, width, width, arguments.dtype)
         for op, case in found
