@@ -16,7 +16,7 @@ from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, InputError, nearest, run_ma
 from seqmodels.tools._documents import check_writable, markdown_table, put_section
 from seqmodels.tools.compile_check.chips import CHIPS
 from seqmodels.tools.kernel_report import hopper, report
-from seqmodels.tools.kernel_report.cases import CASES, DIRECTIONS, GPU_KERNEL, KERNEL, XLA, Request, size
+from seqmodels.tools.kernel_report.cases import CASES, DIRECTIONS, GPU_KERNEL, KERNEL, REPORTED, XLA, Request, size
 from seqmodels.tools.kernel_report.figures import TIMING
 from seqmodels.tools.kernel_report.processes import compile_all, compile_on_hopper
 from seqmodels.tools.kernel_report.programs import FunctionRequest
@@ -176,7 +176,7 @@ def _report_cases(options: argparse.Namespace, argv: list[str]) -> int:
     # Only this needs to know what it ran on, and the import takes seconds.
     from seqmodels.training.run_directory import environment
 
-    directions = options.directions or ["forward", "backward"]
+    directions = options.directions or REPORTED
     sizes = [size(options.tokens, length, options.heads, options.channels) for length in options.lengths]
     tried = [_sizes(each) for each in options.sizes or []] or [None]
     if options.sizes:
@@ -216,7 +216,7 @@ def _report_hopper(options: argparse.Namespace, argv: list[str]) -> int:
         wanted = [(f"{x.function}, {x.direction}", "", x) for x in requests]
     else:
         sizes = [size(options.tokens, length, options.heads, options.channels) for length in options.lengths]
-        directions = options.directions or DIRECTIONS
+        directions = options.directions or REPORTED
         wanted = [
             (f"{case}, {direction}", f"{shape.length:,}", Request(case, direction, GPU_KERNEL, shape))
             for case, shape, direction in itertools.product(_chosen_cases(options.cases), sizes, directions)
