@@ -1,6 +1,4 @@
-"""What the kernels of linear attention share: sizes, layouts, and the pieces of one chunk. For the equations see
-`linear_attention`.
-"""
+"""What the kernels share: sizes, layouts, and the pieces of one chunk. For the equations see `linear_attention`."""
 
 import jax
 import jax.numpy as jnp
@@ -68,17 +66,28 @@ def over(vector: Array, axis: int) -> Array:
     return lax.broadcast_in_dim(vector, (CHUNK, TILE), [axis])
 
 
-def pair_weights(weights, reverse: bool) -> Array:
-    """L of (2), transposed if `reverse`: rows are then the earlier positions of a pair."""
-    i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=MATRIX) for axis in (0, 1))
+def pair_weights(
+    weights, reverse: bool, *, later: int = LOG_DECAY, earlier: int = LOG_DECAY, index: int = INDEX
+) -> Array:
+    """exp2(later_i - earlier_j) for the pairs j <= i of a document, else 0: L of (2). Transposed if `reverse`: rows are
+    then the earlier positions of a pair.
 
-    def of_pair(row):
-        return (over(load(weights.at[row], layout), n) for n, layout in enumerate((BY_ROW, BY_COLUMN)))
+    later, earlier, index: rows of `weights`; the last is there where there are documents
+    """
+    of_later, of_earlier = (1, 0) if reverse else (0, 1)
 
-    b_i, b_j = of_pair(LOG_DECAY)
-    exponent = jnp.minimum(b_j - b_i if reverse else b_i - b_j, 0)
-    pairs = (j >= i) if reverse else (j <= i)
-    if weights.shape[0] > INDEX:
-        document_i, document_j = of_pair(INDEX)
-        pairs &= document_i == document_j
+    def along(row, axis):
+        return over(load(weights.at[row], (BY_ROW, BY_COLUMN)[axis]), axis)
+
+    i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), n, layout=MATRIX) for n in (of_later, of_earlier))
+    pairs = j <= i
+    if weights.shape[0] > index:
+        pairs &= along(index, 0) == along(index, 1)
+    exponent = jnp.minimum(along(later, of_later) - along(earlier, of_earlier), 0)
     return jnp.where(pairs, jnp.exp2(exponent), 0)
+
+
+def pad(x: Array, axis: int, multiple: int) -> Array:
+    """Zeros at the end of an axis: neutral positions, or channels that are never used."""
+    missing = -x.shape[axis] % multiple
+    return x if missing == 0 else jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])

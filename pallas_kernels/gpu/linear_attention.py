@@ -52,7 +52,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu._chunk import CHUNK, MULTIPROCESSORS, SPAN, THROUGH, TILE, other_gpu, segments_of
+from pallas_kernels.gpu._chunk import CHUNK, MULTIPROCESSORS, SPAN, THROUGH, TILE, other_gpu, pad, segments_of
 from pallas_kernels.gpu._walk import walk
 from pallas_kernels.gpu._walk_back import runs_in_one_walk, segments_back, walk_back
 from pallas_kernels.once import differentiated_once
@@ -109,19 +109,13 @@ def linear_attention(
     length, key_channels, value_channels = q.shape[1], q.shape[-1], v.shape[-1]
     if g is not None:
         g = jnp.broadcast_to(g.astype(jnp.float32), v.shape[:3])
-        g = _pad(g, 1, CHUNK)
-    q, k, v = (_pad(_pad(x, 1, CHUNK), 3, TILE) for x in (q, k, v))
-    state = _pad(_pad(initial_state.astype(jnp.float32), 2, TILE), 3, TILE)
+        g = pad(g, 1, CHUNK)
+    q, k, v = (pad(pad(x, 1, CHUNK), 3, TILE) for x in (q, k, v))
+    state = pad(pad(initial_state.astype(jnp.float32), 2, TILE), 3, TILE)
     if index is not None:
         index = jnp.pad(index, ((0, 0), (0, -length % CHUNK)), mode="edge")
     o, state = _attend(q, k, v, g, state, index, float(scale))
     return o[:, :length, :, :value_channels], state[:, :, :key_channels, :value_channels]
-
-
-def _pad(x: Array, axis: int, multiple: int) -> Array:
-    """Zeros at the end of an axis: neutral positions, or channels that are never used."""
-    missing = -x.shape[axis] % multiple
-    return x if missing == 0 else jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -221,7 +215,7 @@ def _decay_gradient(flows: Array, states: Array, d_states: Array, at_end: Array)
     if spans > 1:
         products = states.astype(jnp.float32) * d_states.astype(jnp.float32)
         crossing = jnp.concatenate([products.sum((-1, -2)), crossing], axis=-1)
-    flows = _pad(flows, 2, SPAN).reshape(batch, heads, spans, SPAN // CHUNK, CHUNK)
+    flows = pad(flows, 2, SPAN).reshape(batch, heads, spans, SPAN // CHUNK, CHUNK)
     later = flows.sum(-1)
     later = jnp.flip(jnp.cumsum(jnp.flip(later, -1), -1), -1) - later + crossing[..., None]
     triangle = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))

@@ -23,6 +23,7 @@ associative operation, so a prefix scan gives every o_t; the parallel form is th
     w       w        [b, h, v]      float32
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,22 +122,33 @@ def _chunked(
     return chunked(_scores(arrays, options), arrays["v"], state, docs, chunk_size=chunk_size)
 
 
-def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
-    # Here, so that a program without kernels need not load Pallas.
-    from pallas_kernels.tpu import aaren as kernel
+def _kernel(platform: str, name: str, *, automatic: bool = True) -> Kernel:
+    """Of the module of this name, which has the functions of `pallas_kernels.tpu.aaren`.
 
-    return kernel.supports(arrays["k"], arrays["v"])
+    It is imported when it is first asked: a program without kernels need not load Pallas.
+    """
 
+    def supports(arrays: Inputs, options: Options) -> str | None:
+        # On a GPU the size of a chunk is a part of the kernel.
+        size = {"chunk_size": options["chunk_size"]} if platform == "cuda" else {}
+        return importlib.import_module(name).supports(arrays["k"], arrays["v"], **size)
 
-def _kernel(
-    arrays: Inputs, state: AarenState, docs: Documents | None, *, chunk_size: int | None, options: Options, **how: Any
-) -> tuple[Array, AarenState]:
-    from pallas_kernels.tpu import aaren as kernel
+    def call(
+        arrays: Inputs,
+        state: AarenState,
+        docs: Documents | None,
+        *,
+        chunk_size: int | None,
+        options: Options,
+        **how: Any,
+    ) -> tuple[Array, AarenState]:
+        index, real = (None, None) if docs is None else (docs.index, docs.real)
+        how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
+        kernel = importlib.import_module(name).aaren
+        o, state = kernel(arrays["k"], arrays["v"], arrays["query"], *state, index, real, **how)
+        return o if docs is None else _scan.zero_at_padding(docs, o)[0], AarenState(*state)
 
-    index, real = (None, None) if docs is None else (docs.index, docs.real)
-    how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
-    o, state = kernel.aaren(arrays["k"], arrays["v"], arrays["query"], *state, index, real, **how)
-    return o if docs is None else _scan.zero_at_padding(docs, o)[0], AarenState(*state)
+    return Kernel(platform, supports, call, automatic)
 
 
 def _whole(
@@ -247,7 +259,10 @@ AAREN = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked, "parallel": _parallel},
-    kernels={"pallas_tpu": Kernel("tpu", _kernel_supports, _kernel)},
+    kernels={
+        "pallas_tpu": _kernel("tpu", "pallas_kernels.tpu.aaren"),
+        "pallas_gpu": _kernel("cuda", "pallas_kernels.gpu.aaren", automatic=False),
+    },
     summarize=_summarize,
     combine=_combine,
     apply=_apply,

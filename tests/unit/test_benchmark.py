@@ -568,13 +568,16 @@ def test_gpu_suite_from_the_command_line(tmp_path, capsys, monkeypatch):
             assert (each["milliseconds"] is None) == (each["skipped"] is not None)
             if each["program"].startswith("fla"):
                 assert each["skipped"]
-    aaren = {each["program"]: each for each in rows[3]["programs"]}
-    assert aaren["pallas_gpu"]["skipped"] == "aaren has no pallas_gpu kernel"
     assert rows[3]["ratio"] > 0 and rows[3]["peer"] is not None
     printed = capsys.readouterr().out
     assert "aaren, learned_query; 2 heads, bfloat16" in printed
-    assert "pallas_gpu: aaren has no pallas_gpu kernel" in printed
     assert "| forward | 64 x 2 | 8 |" in document.read_text()
+
+
+def test_an_operator_without_a_kernel_is_said():
+    with suite.Suite(ON_CPU._replace(libraries=())) as begun:
+        (row,) = begun.rows([workload("rglru", "griffin")], [False])
+    assert {cell.name: cell.skipped for cell in row.cells}["pallas_gpu"] == "rglru has no pallas_gpu kernel"
 
 
 def test_what_is_late_is_said():
