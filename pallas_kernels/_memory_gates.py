@@ -11,7 +11,7 @@ def coefficients(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Gamma [b, h, c, t] with j before t, and of b, f, m and mu [b, h, t] those that are needed.
 
-    theta, alpha, eta [b, t, h], t whole mini-batches of `size` tokens: alpha is None for 0, eta for no momentum, and then
+    theta, alpha, eta [b, t, h], t whole mini-batches of `size` tokens. alpha is None for 0, eta for no momentum: then
     there is b alone.
     """
     theta, alpha, eta = (None if x is None else jnp.swapaxes(x, 1, 2) for x in (theta, alpha, eta))

@@ -1,21 +1,22 @@
-"""The kernels of `neural_memory`: what of a mini-batch waits for the memory, with one walk for both directions of time.
+"""The kernel of what waits for the memory: equations (5) to (8) and (11) of `neural_memory`, without A.
 
-A block of threads is one warpgroup, which has 64 columns of the states of a head: they do not wait for other columns.
-The states, W and S or their cotangents, are in registers in float32, and in shared memory as the matrix instructions
-read them. For each mini-batch a walk reads from them, meets, writes what it read to shared memory, and changes them:
+A block of threads is one warpgroup and has 64 columns of the states of a head, which do not wait for other columns. The
+states, W and S or their cotangents, are in registers in float32, and in shared memory as matrix instructions read them.
+At each mini-batch a walk reads from them, writes what it read to shared memory, and changes them:
 
-    forwards     read    D = 2 lambda (K W - V)                                b * (Q W) + f * (Q S)
-                 change  W' = b_C W + f_C S - K^T (gamma * D)                  S' = m_C S - K^T (mu * D)
-                 give    O = b * (Q W) + f * (Q S) - A D                       D
-    backwards    read    E = -2 lambda (A^T N + gamma * (K dW') + mu * (K dS'))
-                 change  dW = b_C dW' + Q^T (b * N) + K^T E                    dS = f_C dW' + m_C dS' + Q^T (f * N)
-                 give    E
+    forwards     read      D = 2 lambda (K W - V)
+                 change    W' = b_C W + f_C S - K^T (gamma * D)               S' = m_C S - K^T (mu * D)
+                 give      O = b * (Q W) + f * (Q S) - A D                    D
+    backwards    read      E = -2 lambda (A^T N + gamma * (K dW') + mu * (K dS'))
+                 change    dW = b_C dW' + Q^T (b * N) + K^T E                 dS = f_C dW' + m_C dS' + Q^T (f * N)
+                 give      E
 
-The rows of a mini-batch are weighted where they have `CHUNK` rows of values, not of keys: those are in registers anyway.
+The weights of rows multiply D, N and products in registers, rather than keys and queries, which would be more numbers.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -43,16 +44,15 @@ Array = jax.Array
 States = tuple[Array, ...]  # W and S, or W alone where there is no momentum
 
 STAGES = 2  # mini-batches in shared memory at once
-B, F, GAMMA, MU, ENDS = range(5)  # rows of `weights`
-B_END, F_END, M_END = range(3)  # places in the row ENDS: b_C, f_C, m_C
+B, F, GAMMA, MU, ENDS = range(5)  # rows of `weights`; those of the ends are b_C, f_C, m_C and zeros
 
 
 class Walked(NamedTuple):
-    """What a walk gives: of every position, the states at the last end of the walk, those between mini-batches.
+    """What a walk gives.
 
     values  name -> [b, t, h, v]
-    last    [b, h, k, v] float32 each
-    states  [b, h, n, k, v] each: the state that a walk came to each mini-batch with; () where not wanted
+    last    [b, h, k, v] float32: each state at the walk's end
+    states  [b, h, n, k, v]: each state as the walk came to every mini-batch with it; none where that is not wanted
     """
 
     values: dict[str, Array]
@@ -63,119 +63,79 @@ class Walked(NamedTuple):
 def walk(
     q: Array, k: Array, v: Array, A: Array, weights: Array, states: States, *, factor: float, keep: bool
 ) -> Walked:
-    """O and, if `keep`, D and the states that entered. factor: 2 lambda; for shapes see `neural_memory`."""
-    has_momentum = len(states) == 2
+    """O and the final states; if `keep`, D and the states that entered too. factor: 2 lambda."""
+    dtype, has_momentum = v.dtype, len(states) == 2
+    written = ("to_W", "to_S") if has_momentum else ("to_W",)
 
     def read(here, shown):
-        def products(kW, qW, *qS):
-            plgpu.wgmma(kW, here.k, shown[0])
-            plgpu.wgmma(qW, here.q, shown[0])
-            if has_momentum:
-                plgpu.wgmma(qS[0], here.q, shown[1])
-            return [x[...] for x in (kW, qW, *qS)]
-
-        kW, qW, *qS = accumulate(products, 2 + has_momentum)
-        o = _by_row(here, B) * qW
-        if has_momentum:
-            o = o + _by_row(here, F) * qS[0]
-        return o, factor * (kW - _load(here.values))
+        kW, *read = _multiply([(here.k, shown[0])], *([(here.q, state)] for state in shown))
+        D = factor * (kW - load(here.values, MATRIX).astype(jnp.float32))
+        return _weighted(here, (B, F), read), D
 
     def change(here, tiles, found, states):
         o, D = found
-        tiles.D[...] = D.astype(v.dtype)
-        written = [tiles.to_W, *([tiles.to_S] if has_momentum else [])]
-        for row, tile in zip((GAMMA, MU), written):
-            tile[...] = (_by_row(here, row) * D).astype(v.dtype)
+        tiles.D[...] = D.astype(dtype)
+        for row, name in zip((GAMMA, MU), written):
+            getattr(tiles, name)[...] = (_by_row(here, row) * D).astype(dtype)
         plgpu.commit_smem()
-
-        def pairs(AD):
-            plgpu.wgmma(AD, here.A, tiles.D)
-            return [AD[...]]
-
-        tiles.o[...] = (o - accumulate(pairs, 1)[0]).astype(v.dtype)
-        ends = _ends(here)
+        (pairs,) = _multiply([(here.A, tiles.D)])
+        tiles.o[...] = (o - pairs).astype(dtype)
+        b, f, m = (here.weights[ENDS, n] for n in range(3))
         changed = []
-        for block, (W, *S) in zip(_blocks(k.shape[-1]), zip(*states)):
-
-            def products(*added, block=block):
-                for x, tile in zip(added, written):
-                    plgpu.wgmma(x, here.k.at[:, block].T, tile)
-                return [x[...] for x in added]
-
-            added = accumulate(products, len(written))
+        for rows, (W, *S) in zip(_blocks(k.shape[-1]), zip(*states)):
+            added = _multiply(*([(here.k.at[:, rows].T, getattr(tiles, name))] for name in written))
             if has_momentum:
-                changed.append((ends.b * W + ends.f * S[0] - added[0], ends.m * S[0] - added[1]))
+                changed.append((b * W + f * S[0] - added[0], m * S[0] - added[1]))
             else:
-                changed.append((ends.b * W - added[0],))
+                changed.append((b * W - added[0],))
         return tuple(zip(*changed))
 
-    return _walk(
-        read,
-        change,
-        {"q": q, "k": k, "values": v, "A": A, "weights": weights},
-        states,
-        tiles=("D", "o", "to_W", "to_S") if has_momentum else ("D", "o", "to_W"),
-        given=("o", "D") if keep else ("o",),
-        keep=keep,
-    )
+    inputs = {"q": q, "k": k, "values": v, "A": A, "weights": weights}
+    given = ("o", "D") if keep else ("o",)
+    return _walk(read, change, inputs, states, tiles=("o", "D", *written), given=given, keep=keep)
 
 
-def walk_back(
-    q: Array, k: Array, do: Array, A: Array, weights: Array, d_states: States, *, factor: float
-) -> Walked:
-    """E, and the cotangents of the states that left each mini-batch. d_states: of the final ones."""
-    has_momentum = len(d_states) == 2
+def walk_back(q: Array, k: Array, do: Array, A: Array, weights: Array, d_states: States, *, factor: float) -> Walked:
+    """E, the cotangents of the initial states, and of those that left each mini-batch. d_states: of the final ones."""
+    dtype, has_momentum = do.dtype, len(d_states) == 2
+    reading = ("from_W", "from_S") if has_momentum else ("from_W",)
 
     def read(here, shown):
-        def products(AN, kdW, *kdS):
-            plgpu.wgmma(AN, here.A.T, here.values)
-            plgpu.wgmma(kdW, here.k, shown[0])
-            if has_momentum:
-                plgpu.wgmma(kdS[0], here.k, shown[1])
-            return [x[...] for x in (AN, kdW, *kdS)]
-
-        AN, kdW, *kdS = accumulate(products, 2 + has_momentum)
-        dD = AN + _by_row(here, GAMMA) * kdW
-        if has_momentum:
-            dD = dD + _by_row(here, MU) * kdS[0]
-        return -factor * dD
+        pairs, *read = _multiply([(here.A.T, here.values)], *([(here.k, d_state)] for d_state in shown))
+        return -factor * (pairs + _weighted(here, (GAMMA, MU), read))
 
     def change(here, tiles, E, d_states):
-        tiles.E[...] = E.astype(do.dtype)
-        N = _load(here.values)
-        read = [tiles.of_W, *([tiles.of_S] if has_momentum else [])]
-        for row, tile in zip((B, F), read):
-            tile[...] = (_by_row(here, row) * N).astype(do.dtype)
+        tiles.E[...] = E.astype(dtype)
+        N = load(here.values, MATRIX).astype(jnp.float32)
+        for row, name in zip((B, F), reading):
+            getattr(tiles, name)[...] = (_by_row(here, row) * N).astype(dtype)
         plgpu.commit_smem()
-        ends = _ends(here)
+        b, f, m = (here.weights[ENDS, n] for n in range(3))
         changed = []
-        for block, (dW, *dS) in zip(_blocks(k.shape[-1]), zip(*d_states)):
-
-            def products(*added, block=block):
-                for x, tile in zip(added, read):
-                    plgpu.wgmma(x, here.q.at[:, block].T, tile)
-                plgpu.wgmma(added[0], here.k.at[:, block].T, tiles.E)
-                return [x[...] for x in added]
-
-            added = accumulate(products, len(read))
-            of_W = ends.b * dW + added[0]
-            changed.append((of_W, ends.f * dW + ends.m * dS[0] + added[1]) if has_momentum else (of_W,))
+        for rows, (dW, *dS) in zip(_blocks(k.shape[-1]), zip(*d_states)):
+            products = [[(here.q.at[:, rows].T, getattr(tiles, name))] for name in reading]
+            products[0].append((here.k.at[:, rows].T, tiles.E))
+            added = _multiply(*products)
+            if has_momentum:
+                changed.append((b * dW + added[0], f * dW + m * dS[0] + added[1]))
+            else:
+                changed.append((b * dW + added[0],))
         return tuple(zip(*changed))
 
-    return _walk(
-        read,
-        change,
-        {"q": q, "k": k, "values": do, "A": A, "weights": weights},
-        d_states,
-        tiles=("E", "of_W", "of_S") if has_momentum else ("E", "of_W"),
-        given=("E",),
-        keep=True,
-        reverse=True,
-    )
+    inputs = {"q": q, "k": k, "values": do, "A": A, "weights": weights}
+    return _walk(read, change, inputs, d_states, tiles=("E", *reading), given=("E",), keep=True, reverse=True)
 
 
-def _load(values) -> Array:
-    return load(values, MATRIX).astype(jnp.float32)
+def _multiply(*sums: Sequence[tuple]) -> list[Array]:
+    """Of each sequence of matrices in shared memory, left and right, the sum of the products [C, 64]."""
+
+    def products(*accumulators):
+        for x, pairs in zip(accumulators, sums):
+            for left, right in pairs:
+                plgpu.wgmma(x, left, right)
+        return [x[...] for x in accumulators]
+
+    return accumulate(products, len(sums))
 
 
 def _by_row(here, row: int) -> Array:
@@ -183,8 +143,9 @@ def _by_row(here, row: int) -> Array:
     return over(load(here.weights.at[row], BY_ROW), 0)
 
 
-def _ends(here) -> SimpleNamespace:
-    return SimpleNamespace(**{name: here.weights[ENDS, n] for name, n in (("b", B_END), ("f", F_END), ("m", M_END))})
+def _weighted(here, rows: Sequence[int], products: Sequence[Array]) -> Array:
+    """The sum of the products, the rows of each weighted by a row of `weights`."""
+    return reduce(add, (_by_row(here, row) * x for row, x in zip(rows, products)))
 
 
 def _blocks(channels: int) -> list:
@@ -247,11 +208,10 @@ def _walk(
             for source, target in zip(shown, kept):
                 plgpu.copy_smem_to_gmem(source, target.at[row, head, chunk_at(i), :, channels])
 
-        for i in range(STAGES):
-            pl.when(i < chunks)(partial(fetch, jnp.int32(i)))
+        for i in range(min(STAGES, chunks)):
+            fetch(jnp.int32(i))
         states = tuple(
-            tuple(load(x.at[row, head, block, channels], MATRIX, optimized=False) for block in blocks)
-            for x in entering
+            tuple(load(x.at[row, head, block, channels], MATRIX, optimized=False) for block in blocks) for x in entering
         )
         show(states)
         store_states(jnp.int32(0))
