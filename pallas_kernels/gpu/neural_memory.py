@@ -5,8 +5,8 @@
 
 (Titans: Behrouz, Zhong, Mirrokni 2024, arXiv 2501.00663), R the weights at the start of a mini-batch. The equations and
 their numbers are those of `pallas_kernels.tpu.neural_memory`; `_memory_gates` has (2) to (4), the weights Gamma, gamma,
-mu, b, f, m of a mini-batch. With W, S what a mini-batch starts from and W', S' what it leaves, with N, dW', dS' the
-cotangents of O, W', S', and a primed product of the same rows taken as one:
+mu, b, f, m of a mini-batch. With W, S what a mini-batch starts from, W', S' what it leaves, and N, dW', dS' the
+cotangents of O, W', S':
 
     D    = 2 lambda (K W - V)                   A = (Q K^T) * Gamma                                                (5)
     O    = b * (Q W) + f * (Q S) - A D                                                                             (6)
@@ -28,19 +28,25 @@ it, are written down on the way. All else is products within mini-batches, which
 A matrix instruction has 64 rows, and so has a mini-batch in the kernels: shorter ones are filled up with tokens that
 have no weight.
 
-    name       symbol   shape               dtype
-    q, k       q, k     [b, t, h, k]        bfloat16
-    v, o       v, o     [b, t, h, v]        bfloat16
-    theta      theta    [b, t, h]           float32
-    alpha      alpha    [b, t, h]           float32, or None for 0
-    eta        eta      [b, t, h]           float32, or None: no momentum
-    weights    W        [b, h, k, v]        float32
-    momentum   S        [b, h, k, v]        float32; None without eta
+    name       symbol   shape             dtype
+    q, k       q, k     [b, t, h, k]      bfloat16
+    v, o       v, o     [b, t, h, v]      bfloat16
+    theta      theta    [b, t, h]         float32
+    alpha      alpha    [b, t, h]         float32     or None for 0
+    eta        eta      [b, t, h]         float32     or None: no momentum
+    weights    W        [b, h, k, v]      float32
+    momentum   S        [b, h, k, v]      float32     None without eta
+    token               [b, t]            bool        whether there is one at a position, which else leaves W and S as
+                                                      they are; None: everywhere
     loss_scale lambda
-    D, E       D, E     [b, t, h, v]        bfloat16    of the kernels, C = 64, n mini-batches
-    A          A        [b, h, n, C, C]     bfloat16
-    states     W, S     [b, h, n, k, v]     bfloat16 each: what entered; cotangents of what left
-    table      b to m   [b, h, n, 5, C]     float32     rows: see `_memory_walk`
+
+and in the kernels, of n mini-batches of C = 64 rows,
+
+    q, k, values        [b, n C, h, ...]  bfloat16    values: v forwards, N backwards
+    D, E       D, E     [b, n C, h, v]    bfloat16
+    A          A        [b, h, n, C, C]   bfloat16
+    weights             [b, h, n, 5, C]   float32     rows: b, f, gamma, mu; b_C, f_C, m_C and zeros
+    states     W, S     [b, h, n, k, v]   bfloat16    what entered each mini-batch, the cotangents of what left it
 """
 
 from functools import partial
@@ -96,20 +102,21 @@ def neural_memory(
     *,
     mini_batch: int,
     loss_scale: float,
+    token: Array | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """Outputs [b, t, h, v] in v's dtype, the final weights and momentum, equation (1).
 
     Shapes and dtypes are those of the table above; t is a multiple of mini_batch, and the first mini-batch starts with
-    the first token. chunk_size: tokens between states that are kept for the backward pass, at most mini_batch.
-    Differentiable once, with respect to all arrays.
+    the first token. Outputs where there is no token mean nothing. chunk_size: tokens between states that are kept for
+    the backward pass, at most mini_batch. Differentiable once, with respect to all arrays of floats.
 
     Raises ValueError with the reason of `supports`.
     """
     if reason := supports(q, k, v, mini_batch, chunk_size=chunk_size):
         raise ValueError(f"{NAME}: {reason}")
     key_channels, value_channels = q.shape[-1], v.shape[-1]
-    gates = _gates(*coefficients(theta, alpha, eta, mini_batch), mini_batch)
+    gates = _gates(*coefficients(theta, alpha, eta, mini_batch, token), mini_batch)
     given = (weights,) if momentum is None else (weights, momentum)
     states = tuple(_filled(_filled(x.astype(jnp.float32), 2, TILE), 3, TILE) for x in given)
     q, k, v = (_filled(_lay_out(x, mini_batch), 3, TILE) for x in (q, k, v))

@@ -34,6 +34,8 @@ diverges if and only if the largest eigenvalue of sum_j 2 theta_j k_j^T k_j over
 thetas that sum up to 1 are safe.
 """
 
+import importlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +56,7 @@ Gate = Float[Array, "b t h"]
 
 TIME_ARGS = ("q", "k", "v", "theta", "alpha", "eta", "reach")
 LEARNED = ("weights", "momentum", "reference")
+ON_TPU, ON_GPU = (f"pallas_kernels.{platform}.neural_memory" for platform in ("tpu", "gpu"))
 
 
 class NeuralMemoryState(NamedTuple):
@@ -292,7 +295,12 @@ def _chunked(
     return by_tiles() if tiles.fit is None else jax.lax.cond(tiles.fit, by_tiles, by_tokens)
 
 
-def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
+def _kernel_of(platform: str, module: str, **options: bool) -> Kernel:
+    """Of the module of this name, which is imported when it is first asked: "xla" needs no Pallas."""
+    return Kernel(platform, partial(_kernel_supports, module=module), partial(_kernel, module=module), **options)
+
+
+def _kernel_supports(arrays: Inputs, options: Options, *, module: str) -> str | None:
     if len(arrays["weights"]) != 1 or arrays["weights"][0].c is not None:
         return "the memory has several layers, or a bias; expected one matrix"
     if arrays["norm"] is not None or options["residual"] or arrays["reach"] is not None:
@@ -301,10 +309,10 @@ def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
         return "segment_ids came in; expected rows of one document"
     if not options["fresh"]:
         return "a state came in, which may be inside a mini-batch; expected none"
-    # Here, so that a program without kernels need not load Pallas.
-    from pallas_kernels.tpu import neural_memory as kernel
-
-    return kernel.supports(*(arrays[name] for name in "qkv"), options["mini_batch"])
+    kernel = importlib.import_module(module)
+    # On a GPU the states of every mini-batch are kept.
+    size = {"chunk_size": options["chunk_size"]} if module == ON_GPU else {}
+    return kernel.supports(*(arrays[name] for name in "qkv"), options["mini_batch"], **size)
 
 
 def _kernel(
@@ -314,11 +322,11 @@ def _kernel(
     *,
     chunk_size: int | None,
     options: Options,
+    module: str,
     **how: Any,
 ) -> tuple[Array, NeuralMemoryState]:
     """Whole mini-batches by the kernel, what is left after them in order."""
-    from pallas_kernels.tpu import neural_memory as kernel
-
+    kernel = importlib.import_module(module)
     size, length = options["mini_batch"], arrays["q"].shape[1]
     whole = length // size * size
     inputs = MiniBatch(*(arrays[name] for name in MiniBatch._fields))
@@ -383,7 +391,7 @@ NEURAL_MEMORY = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked},
-    kernels={"pallas_tpu": Kernel("tpu", _kernel_supports, _kernel)},
+    kernels={"pallas_tpu": _kernel_of("tpu", ON_TPU), "pallas_gpu": _kernel_of("cuda", ON_GPU, automatic=False)},
     summary_kind="relay",
     head_axes={**dict.fromkeys(TIME_ARGS, 2), "weights": 0, "momentum": 0, "norm": 0},
     examples=_examples,

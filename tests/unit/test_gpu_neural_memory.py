@@ -29,6 +29,7 @@ class Case(NamedTuple):
     forgetting: bool = True
     momentum: bool = True
     at_limits: bool = False  # gates are 0 and 1
+    gaps: bool = False  # positions without a token
 
     def shapes(self) -> dict:
         of = jax.ShapeDtypeStruct
@@ -57,8 +58,15 @@ class Case(NamedTuple):
         shapes = self.shapes().items()
         return {name: None if x is None else jnp.asarray(draw(name, x.shape), x.dtype) for name, x in shapes}
 
+    def token(self) -> np.ndarray | None:
+        return np.random.default_rng(2).random((self.batch, self.length)) < 0.7 if self.gaps else None
+
     def forward(self, arrays: dict) -> tuple:
-        return neural_memory(**arrays, mini_batch=self.mini_batch, loss_scale=LOSS_SCALE)
+        o, *states = neural_memory(**arrays, mini_batch=self.mini_batch, loss_scale=LOSS_SCALE, token=self.token())
+        return self.of_tokens(o), *states
+
+    def of_tokens(self, o: jax.Array) -> jax.Array:
+        return o if self.token() is None else jnp.where(self.token()[..., None, None], o, 0)
 
     def backward(self, arrays: dict) -> dict:
         """The gradients of everything, with cotangents that are the results."""
@@ -66,25 +74,28 @@ class Case(NamedTuple):
         return pullback(results)[0]
 
     def definition(self, arrays: dict) -> tuple:
-        """Equation (1), token by token, in the dtype of its arguments."""
+        """Equation (1), token by token, in the dtype of its arguments. The mini-batches are of positions."""
         *inputs, W, S = (arrays[name] for name in INPUTS)
         zero = jnp.zeros_like(arrays["theta"])
-        q, k, v, theta, alpha, eta = (jnp.swapaxes(zero if x is None else x, 0, 1) for x in inputs)
+        token = jnp.ones(zero.shape[:2], bool) if self.token() is None else self.token()
+        given = [jnp.swapaxes(zero if x is None else x, 0, 1) for x in (*inputs, token)]
 
         def step(carry, x):
             W, S, R, place = carry
-            q, k, v, *gates = x
+            q, k, v, *gates, token = x
+            before = W, S
             theta, alpha, eta = (gate[..., None, None] for gate in gates)
             error = jnp.einsum("bhk,bhkv->bhv", k, R) - v
             u = 2 * LOSS_SCALE * k[..., :, None] * error[..., None, :]
             S = eta * S - theta * u
             W = (1 - alpha) * W + S
+            W, S = (jnp.where(token[:, None, None, None], *x) for x in zip((W, S), before))
             R = jnp.where((place + 1) % self.mini_batch == 0, W, R)
             return (W, S, R, place + 1), jnp.einsum("bhk,bhkv->bhv", q, W)
 
         start = (W, jnp.zeros_like(W) if S is None else S, W, 0)
-        (W, last, *_), o = lax.scan(step, start, (q, k, v, theta, alpha, eta))
-        return jnp.swapaxes(o, 0, 1), W, None if S is None else last
+        (W, last, *_), o = lax.scan(step, start, given)
+        return self.of_tokens(jnp.swapaxes(o, 0, 1)), W, None if S is None else last
 
 
 PROGRAMS = {"forward": Case.forward, "backward": Case.backward}
@@ -138,7 +149,7 @@ def errors(case: Case, found: dict, change: dict | None = None) -> dict[str, flo
 @pytest.mark.parametrize(
     "case",
     [
-        Case(192, 64, 64, 64),
+        Case(192, 64, 64, 64, gaps=True),
         Case(48, 128, 96, 16, batch=2, at_limits=True),
         Case(64, 40, 64, 32, heads=2, momentum=False),
     ],
