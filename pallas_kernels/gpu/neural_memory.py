@@ -16,10 +16,10 @@ cotangents of O, W', S':
     dQ   = b * (N W^T) + f * (N S^T) + P K      P = -(N D^T) * Gamma                                               (9)
     dK   = P^T Q + E W^T - gamma * (D dW'^T) - mu * (D dS'^T)                                                     (10)
     dW   = b_C dW' + Q^T (b * N) + K^T E        dS = f_C dW' + m_C dS' + Q^T (f * N)                              (11)
-    db   = rows of Q * (N W^T), summed          df = rows of Q * (N S^T), summed                                  (12)
+    db_t = q_t (N W^T)_t                        df_t = q_t (N S^T)_t                                              (12)
     dGamma = -(N D^T) * (Q K^T)                                                                                   (13)
-    dgamma = -rows of K * (D dW'^T), summed     dmu = -rows of K * (D dS'^T), summed                              (14)
-    db_C = <dW', W>          df_C = <dW', S>    dm_C = <dS', S>                                                   (15)
+    dgamma_j = -k_j (D dW'^T)_j                 dmu_j = -k_j (D dS'^T)_j                                          (14)
+    db_C = <dW', W>                             df_C = <dW', S>              dm_C = <dS', S>                      (15)
 
 What waits for another mini-batch is walked through by one kernel in either direction (`_memory_walk`): (5) to (7)
 without A forwards, (8) and (11) backwards. The states that entered a mini-batch, and the cotangents of those that left
@@ -118,8 +118,8 @@ def neural_memory(
     key_channels, value_channels = q.shape[-1], v.shape[-1]
     gates = _gates(*coefficients(theta, alpha, eta, mini_batch, token), mini_batch)
     given = (weights,) if momentum is None else (weights, momentum)
-    states = tuple(_filled(_filled(x.astype(jnp.float32), 2, TILE), 3, TILE) for x in given)
-    q, k, v = (_filled(_lay_out(x, mini_batch), 3, TILE) for x in (q, k, v))
+    states = tuple(_pad(_pad(x.astype(jnp.float32), 2, TILE), 3, TILE) for x in given)
+    q, k, v = (_pad(_lay_out(x, mini_batch), 3, TILE) for x in (q, k, v))
     o, states = _remember(2.0 * loss_scale, q, k, v, gates, states)
     o = o.reshape(o.shape[0], -1, CHUNK, *o.shape[2:])[:, :, :mini_batch, :, :value_channels]
     o = o.reshape(o.shape[0], -1, *o.shape[3:])
@@ -127,7 +127,7 @@ def neural_memory(
     return o, W, S[0] if S else None
 
 
-def _filled(x: Array, axis: int, multiple: int) -> Array:
+def _pad(x: Array, axis: int, multiple: int) -> Array:
     """Zeros at the end of an axis."""
     missing = -x.shape[axis] % multiple
     return x if missing == 0 else jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
@@ -136,7 +136,7 @@ def _filled(x: Array, axis: int, multiple: int) -> Array:
 def _lay_out(x: Array, size: int) -> Array:
     """[b, t, h, d] in mini-batches of 64 rows, of which the first `size` are tokens."""
     x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-    return _filled(x, 2, CHUNK).reshape(x.shape[0], -1, *x.shape[3:])
+    return _pad(x, 2, CHUNK).reshape(x.shape[0], -1, *x.shape[3:])
 
 
 class Gates(NamedTuple):
@@ -159,10 +159,10 @@ def _gates(pairs: Array, rows: dict[str, Array], size: int) -> Gates:
     """From what `coefficients` gives."""
     pairs = pairs.reshape(*pairs.shape[:3], -1, size).transpose(0, 1, 3, 4, 2)
     rows = {name: x.reshape(*x.shape[:2], -1, size) for name, x in rows.items()}
-    found = {name: _filled(rows[name], 3, CHUNK) for name in ("b", "f", "mu") if name in rows}
+    found = {name: _pad(rows[name], 3, CHUNK) for name in ("b", "f", "mu") if name in rows}
     found |= {f"{name}_C": rows[name][..., -1] for name in ("b", "f", "m") if name in rows}
-    gamma = _filled(pairs[..., -1, :], 3, CHUNK)
-    return Gates(Gamma=_filled(_filled(pairs, 3, CHUNK), 4, CHUNK), gamma=gamma, **found)
+    gamma = _pad(pairs[..., -1, :], 3, CHUNK)
+    return Gates(Gamma=_pad(_pad(pairs, 3, CHUNK), 4, CHUNK), gamma=gamma, **found)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -206,24 +206,19 @@ def _gradients(factor, q, k, gates, D, entered, do, d_last):
     for x, y, read, written in zip(N_states, D_states, (gates.b, gates.f), (gates.gamma, gates.mu)):
         dQ += _column(read) * x
         dK -= _column(written) * y
-    left = [x.astype(jnp.float32) for x in d_left]
-    came = [x.astype(jnp.float32) for x in entered]
     d_gates = Gates(
         Gamma=-ND * QK,
         b=_rows(Q, N_states[0]),
         gamma=-_rows(K, D_states[0]),
-        b_C=_inner(left[0], came[0]),
-        **(
-            {
-                "f": _rows(Q, N_states[1]),
-                "mu": -_rows(K, D_states[1]),
-                "f_C": _inner(left[0], came[1]),
-                "m_C": _inner(left[1], came[1]),
-            }
-            if has_momentum
-            else {}
-        ),
+        b_C=_inner(d_left[0], entered[0]),
     )
+    if has_momentum:
+        d_gates = d_gates._replace(
+            f=_rows(Q, N_states[1]),
+            mu=-_rows(K, D_states[1]),
+            f_C=_inner(d_left[0], entered[1]),
+            m_C=_inner(d_left[1], entered[1]),
+        )
     dQ, dK, dV = (x.astype(dtype).reshape(x.shape[0], -1, *x.shape[3:]) for x in (dQ, dK, -E))
     return dQ, dK, dV, d_gates, found.last
 
@@ -240,12 +235,12 @@ def _pairs(x: Array, y: Array) -> Array:
 
 def _rows(x: Array, y: Array) -> Array:
     """The products of the rows of x with those of y, [b, h, n, C]."""
-    return _product("bnihk,bnihk->bhni", x.astype(jnp.float32), y)
+    return jnp.moveaxis(jnp.sum(x.astype(jnp.float32) * y, axis=-1), 3, 1)
 
 
 def _inner(x: Array, y: Array) -> Array:
     """<X, Y> of every mini-batch, [b, h, n]."""
-    return jnp.sum(x * y, axis=(-1, -2))
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=(-1, -2))
 
 
 def _column(x: Array) -> Array:
@@ -258,5 +253,5 @@ def _table(gates: Gates) -> Array:
     zero, none = jnp.zeros_like(gates.b), jnp.zeros_like(gates.b_C)
     f, mu = (zero if x is None else x for x in (gates.f, gates.mu))
     ends = [none if x is None else x for x in (gates.b_C, gates.f_C, gates.m_C)]
-    ends = _filled(jnp.stack(ends, axis=-1), 3, CHUNK)
+    ends = _pad(jnp.stack(ends, axis=-1), 3, CHUNK)
     return jnp.stack([gates.b, f, gates.gamma, mu, ends], axis=3)

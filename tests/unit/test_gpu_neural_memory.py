@@ -43,17 +43,19 @@ class Case(NamedTuple):
 
     def arrays(self) -> dict:
         random = np.random.default_rng(0)
+        # So that much of a state goes through a mini-batch, and the memory does not grow without end: lowest, highest,
+        # and at the limits the share of ones.
+        share = 1 / self.mini_batch
+        rates = {"theta": (0, 2 * share, 1 / 16), "alpha": (0, 2 * share, 1 / 8), "eta": (1 - 4 * share, 1, 7 / 8)}
 
         def draw(name: str, shape: tuple) -> np.ndarray:
             if name == "k":
                 x = random.normal(size=shape)
                 return x / np.linalg.norm(x, axis=-1, keepdims=True)
-            if name in ("theta", "alpha", "eta"):
-                # Steps of length 1 are few: more of them in one mini-batch would make the memory grow without end.
-                rates = {"theta": (1 / 16, 0.1), "alpha": (1 / 8, 0.2), "eta": (7 / 8, 0.9)}
-                of_ones, largest = rates[name]
-                return random.random(shape) < of_ones if self.at_limits else random.uniform(0, largest, shape)
-            return random.normal(size=shape)
+            if name in rates:
+                lowest, highest, of_ones = rates[name]
+                return random.random(shape) < of_ones if self.at_limits else random.uniform(lowest, highest, shape)
+            return random.normal(size=shape, scale=1 / self.mini_batch if name == "momentum" else 1)
 
         shapes = self.shapes().items()
         return {name: None if x is None else jnp.asarray(draw(name, x.shape), x.dtype) for name, x in shapes}
