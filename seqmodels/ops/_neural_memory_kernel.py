@@ -1,7 +1,10 @@
-"""The kernel of `pallas_kernels` as the chunked form of a linear `neural_memory`.
+"""The kernels of `pallas_kernels` as the chunked form of a linear `neural_memory`.
 
-The kernel knows mini-batches that start from the weights at which their gradients are taken, R = W. Two of a row may
-not be so:
+module: the name of one that has the functions of `pallas_kernels.tpu.neural_memory`. It is imported when it is first
+asked: a program without kernels need not load Pallas.
+
+A kernel knows mini-batches that start from the weights at which their gradients are taken, R = W. Two of a row may not
+be so:
 
 - The first one, where an earlier span began it. Its errors K R - V are (K W) - V' with V' = V + K (W - R): the kernel
   reads targets V' there.
@@ -9,6 +12,7 @@ not be so:
   state that the kernel ends with.
 """
 
+import importlib
 from typing import Any
 
 import jax
@@ -23,15 +27,19 @@ from seqmodels.ops._neural_memory_chunked import Memory, MiniBatch
 from seqmodels.ops._op import Inputs, Options
 
 
-def supports(arrays: Inputs, options: Options) -> str | None:
+def supports(arrays: Inputs, options: Options, *, platform: str, module: str) -> str | None:
     if len(arrays["weights"]) != 1 or arrays["weights"][0].c is not None:
         return "the memory has several layers, or a bias; expected one matrix"
     if arrays["norm"] is not None or options["residual"] or arrays["reach"] is not None:
         return "there is a norm, a residual or reach; expected none of them"
-    # Here, so that a program without kernels need not load Pallas.
-    from pallas_kernels.tpu import neural_memory as kernel
-
-    return kernel.supports(*(arrays[name] for name in "qkv"), options["mini_batch"])
+    size = {}
+    if platform == "cuda":
+        if options["documents"]:
+            return "segment_ids came in; expected rows of one document"
+        # The states of every mini-batch are kept.
+        size = {"chunk_size": options["chunk_size"]}
+    kernel = importlib.import_module(module)
+    return kernel.supports(*(arrays[name] for name in "qkv"), options["mini_batch"], **size)
 
 
 def in_order(
@@ -58,13 +66,10 @@ def in_tiles(
     **how: Any,
 ) -> tuple[Array, Memory]:
     """Rows of any documents, from any place in a mini-batch. fresh: see `_neural_memory_chunked.in_tiles`."""
-    from pallas_kernels.tpu import neural_memory as kernel
-
     batch, count = tiles.real.shape[:2]
     cut = jax.tree.map(lambda x: _tiles.to_tiles(x, tiles), inputs)
-    documents = None
     if fresh is not None:
-        documents = kernel.Fresh(tiles.starts, *_matrices(fresh))
+        how["fresh"] = importlib.import_module(how["module"]).Fresh(tiles.starts, *_matrices(fresh))
         start = _scan.where_row(~tiles.starts[:, 0], start, fresh)
     # 1. All but the last tile of each row.
     last = jnp.max(jnp.arange(count) * tiles.real.any(axis=2), axis=1)
@@ -74,7 +79,6 @@ def in_tiles(
         start,
         options,
         token=(tiles.real & (jnp.arange(count) != last[:, None])[..., None]).reshape(batch, -1),
-        fresh=documents,
         chunk_size=chunk_size,
         **how,
     )
@@ -105,10 +109,9 @@ def _matrices(memory: Memory) -> tuple[Array, Array | None]:
     return memory.weights[0].A, None if memory.momentum is None else memory.momentum[0].A
 
 
-def _by_kernel(inputs: MiniBatch, start: Memory, options: Options, **how: Any) -> tuple[Array, Memory]:
+def _by_kernel(inputs: MiniBatch, start: Memory, options: Options, *, module: str, **how: Any) -> tuple[Array, Memory]:
     """Rows of whole mini-batches, which the kernel reads."""
-    from pallas_kernels.tpu import neural_memory as kernel
-
+    kernel = importlib.import_module(module)
     *gated, _ = inputs
     sizes = {"mini_batch": options["mini_batch"], "loss_scale": options["loss_scale"]}
     o, W, S = kernel.neural_memory(*gated, *_matrices(start), **sizes, **how)

@@ -56,6 +56,7 @@ Gate = Float[Array, "b t h"]
 
 TIME_ARGS = ("q", "k", "v", "theta", "alpha", "eta", "reach")
 LEARNED = ("weights", "momentum", "reference")
+ON_TPU, ON_GPU = (f"pallas_kernels.{platform}.neural_memory" for platform in ("tpu", "gpu"))
 
 
 class NeuralMemoryState(NamedTuple):
@@ -322,6 +323,11 @@ def _kernel(
     return _by_mini_batches(arrays, state, docs, options, *ways)
 
 
+def _kernel_of(platform: str, module: str, **options: bool) -> Kernel:
+    supports = partial(_neural_memory_kernel.supports, platform=platform, module=module)
+    return Kernel(platform, supports, partial(_kernel, module=module), **options)
+
+
 def _examples(key: Array, batch: int, length: int) -> dict[str, Example]:
     keys = iter(jax.random.split(key, 24))
     heads, dim, hidden = 2, 8, 6
@@ -367,7 +373,10 @@ NEURAL_MEMORY = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked},
-    kernels={"pallas_tpu": Kernel("tpu", _neural_memory_kernel.supports, _kernel)},
+    kernels={
+        "pallas_tpu": _kernel_of("tpu", "pallas_kernels.tpu.neural_memory"),
+        "pallas_gpu": _kernel_of("cuda", "pallas_kernels.gpu.neural_memory", automatic=False),
+    },
     summary_kind="relay",
     head_axes={**dict.fromkeys(TIME_ARGS, 2), "weights": 0, "momentum": 0, "norm": 0},
     examples=_examples,

@@ -14,6 +14,7 @@ from seqmodels.ops._memory_network import Linear, Norm
 from seqmodels.ops.delta_rule import delta_rule
 from seqmodels.ops.neural_memory import NEURAL_MEMORY, NeuralMemoryState, fresh_start, neural_memory, recall
 from tests.conformance.cases import described_by
+from tests.hopper import on_gpu_or_interpreted
 from tests.operators import LENGTH, SEGMENTS, assert_close
 
 HEADS, DIM, HIDDEN, MINI_BATCH = 2, 4, 6, 5
@@ -300,7 +301,7 @@ def of_one_matrix(dtype, length: int = 72, **without) -> dict:
     rng = np.random.default_rng(3)
     heads, dim = 2, 24
     q, k, v = (rng.normal(size=(2, length, heads, dim)).astype(dtype) for _ in range(3))
-    k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    k = (k / np.linalg.norm(k, axis=-1, keepdims=True)).astype(dtype)
     largest = {"theta": 0.1, "alpha": 0.2, "eta": 0.9}
     gates = {name: rng.uniform(0.0, x, (2, length, heads)) for name, x in largest.items()}
     matrices = [(Linear(jnp.asarray(scale * rng.normal(size=(heads, dim, dim)), dtype)),) for scale in (0.5, 0.1)]
@@ -363,6 +364,40 @@ def test_the_kernel_takes_documents_and_states(float64, segment_ids, without, go
     with by_kernel():
         found = outputs_and_gradients(arrays(np.float32), **how, backend="pallas_tpu")
     assert_close(found, expected, "kernel")
+
+
+@pytest.mark.parametrize("without", [(), ("alpha", "eta", "momentum")], ids=str)
+def test_lowers_for_a_gpu_by_its_kernel(without):
+    """A span whose last mini-batch is not full."""
+    arrays = of_one_matrix(jnp.bfloat16, **dict.fromkeys(without))
+    program = jax.jit(functools.partial(outputs_and_gradients, backend="pallas_gpu"))
+    assert program.trace(arrays).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2
+
+
+def test_the_gpu_kernel_equals_the_recurrent_form(float64):
+    arrays = of_one_matrix(jnp.bfloat16, 24)
+    with jax.enable_x64(False), on_gpu_or_interpreted():
+        found = neural_memory(**arrays, mini_batch=16, backend="pallas_gpu")
+    exact = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
+    expected = neural_memory(**exact, mini_batch=16, form="recurrent")
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        y = np.asarray(y, np.float64)
+        assert np.linalg.norm(np.asarray(x, np.float64) - y) <= 2**-7 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": np.float32}, "q, k and v must be bfloat16"),
+        ({"chunk_size": 64}, "chunk_size=64; the states of every mini-batch are kept"),
+        ({"segment_ids": np.ones((2, 72), int)}, "segment_ids came in; expected rows of one document"),
+    ],
+    ids=str,
+)
+def test_what_the_gpu_kernel_cannot_do(change, reason):
+    arrays = of_one_matrix(change.pop("dtype", jnp.bfloat16))
+    with pytest.raises(InputError, match=f"backend 'pallas_gpu' cannot run this: {reason}"):
+        neural_memory(**arrays, mini_batch=16, **change, backend="pallas_gpu")
 
 
 @pytest.mark.parametrize(
