@@ -1,5 +1,5 @@
-"""The walk over prepared chunks on Hopper GPUs: it is compiled without one, and computes in Pallas' interpreter or, where
-JAX sees one (JAX_PLATFORMS=cpu,cuda), on a GPU."""
+"""The walk over prepared chunks on Hopper GPUs: it is compiled without one, and computes in Pallas' interpreter or,
+where JAX sees one (JAX_PLATFORMS=cpu,cuda), on a GPU."""
 
 from typing import NamedTuple
 
