@@ -27,17 +27,6 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 )
 
 
-def other_gpu() -> str | None:
-    """That this process has a GPU whose matrix instructions are not Hopper's."""
-    if jax.default_backend() != "gpu":
-        return None
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "")
-    if capability.startswith("9."):
-        return None
-    return f"the GPU is {device.device_kind}, of compute capability {capability}; expected 9.0, Hopper"
-
-
 def segments_of(chunks: int, wanted: int) -> int:
     """As many segments of one length as wanted, or fewer, so that each is long enough and none is left empty."""
     segments = max(1, min(wanted, chunks // SHORTEST_SEGMENT))
@@ -85,9 +74,3 @@ def pair_weights(
         pairs &= along(index, 0) == along(index, 1)
     exponent = jnp.minimum(along(later, of_later) - along(earlier, of_earlier), 0)
     return jnp.where(pairs, jnp.exp2(exponent), 0)
-
-
-def pad(x: Array, axis: int, multiple: int) -> Array:
-    """Zeros at the end of an axis: neutral positions, or channels that are never used."""
-    missing = -x.shape[axis] % multiple
-    return x if missing == 0 else jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])

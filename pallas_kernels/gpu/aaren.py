@@ -59,6 +59,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu._arrays import other_gpu, pad
 from pallas_kernels.gpu._chunk import (
     BY_COLUMN,
     BY_ROW,
@@ -71,9 +72,7 @@ from pallas_kernels.gpu._chunk import (
     accumulate,
     divide,
     load,
-    other_gpu,
     over,
-    pad,
     pair_weights,
     segments_of,
 )

@@ -56,7 +56,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._memory_gates import coefficients
-from pallas_kernels.gpu._chunk import CHUNK, TILE, other_gpu
+from pallas_kernels.gpu._arrays import other_gpu, pad
+from pallas_kernels.gpu._chunk import CHUNK, TILE
 from pallas_kernels.gpu._memory_walk import walk, walk_back
 from pallas_kernels.once import differentiated_once
 
@@ -118,8 +119,8 @@ def neural_memory(
     key_channels, value_channels = q.shape[-1], v.shape[-1]
     gates = _gates(*coefficients(theta, alpha, eta, mini_batch, token), mini_batch)
     given = (weights,) if momentum is None else (weights, momentum)
-    states = tuple(_pad(_pad(x.astype(jnp.float32), 2, TILE), 3, TILE) for x in given)
-    q, k, v = (_pad(_lay_out(x, mini_batch), 3, TILE) for x in (q, k, v))
+    states = tuple(pad(pad(x.astype(jnp.float32), 2, TILE), 3, TILE) for x in given)
+    q, k, v = (pad(_lay_out(x, mini_batch), 3, TILE) for x in (q, k, v))
     o, states = _remember(2.0 * loss_scale, q, k, v, gates, states)
     o = o.reshape(o.shape[0], -1, CHUNK, *o.shape[2:])[:, :, :mini_batch, :, :value_channels]
     o = o.reshape(o.shape[0], -1, *o.shape[3:])
@@ -127,16 +128,10 @@ def neural_memory(
     return o, W, S[0] if S else None
 
 
-def _pad(x: Array, axis: int, multiple: int) -> Array:
-    """Zeros at the end of an axis."""
-    missing = -x.shape[axis] % multiple
-    return x if missing == 0 else jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
-
-
 def _lay_out(x: Array, size: int) -> Array:
     """[b, t, h, d] in mini-batches of 64 rows, of which the first `size` are tokens."""
     x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-    return _pad(x, 2, CHUNK).reshape(x.shape[0], -1, *x.shape[3:])
+    return pad(x, 2, CHUNK).reshape(x.shape[0], -1, *x.shape[3:])
 
 
 class Gates(NamedTuple):
@@ -159,10 +154,10 @@ def _gates(pairs: Array, rows: dict[str, Array], size: int) -> Gates:
     """From what `coefficients` gives."""
     pairs = pairs.reshape(*pairs.shape[:3], -1, size).transpose(0, 1, 3, 4, 2)
     rows = {name: x.reshape(*x.shape[:2], -1, size) for name, x in rows.items()}
-    found = {name: _pad(rows[name], 3, CHUNK) for name in ("b", "f", "mu") if name in rows}
+    found = {name: pad(rows[name], 3, CHUNK) for name in ("b", "f", "mu") if name in rows}
     found |= {f"{name}_C": rows[name][..., -1] for name in ("b", "f", "m") if name in rows}
-    gamma = _pad(pairs[..., -1, :], 3, CHUNK)
-    return Gates(Gamma=_pad(_pad(pairs, 3, CHUNK), 4, CHUNK), gamma=gamma, **found)
+    gamma = pad(pairs[..., -1, :], 3, CHUNK)
+    return Gates(Gamma=pad(pad(pairs, 3, CHUNK), 4, CHUNK), gamma=gamma, **found)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -253,5 +248,5 @@ def _table(gates: Gates) -> Array:
     zero, none = jnp.zeros_like(gates.b), jnp.zeros_like(gates.b_C)
     f, mu = (zero if x is None else x for x in (gates.f, gates.mu))
     ends = [none if x is None else x for x in (gates.b_C, gates.f_C, gates.m_C)]
-    ends = _pad(jnp.stack(ends, axis=-1), 3, CHUNK)
+    ends = pad(jnp.stack(ends, axis=-1), 3, CHUNK)
     return jnp.stack([gates.b, f, gates.gamma, mu, ends], axis=3)
