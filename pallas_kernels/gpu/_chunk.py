@@ -29,17 +29,6 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 )
 
 
-def other_gpu() -> str | None:
-    """That this process has a GPU whose matrix instructions are not Hopper's."""
-    if jax.default_backend() != "gpu":
-        return None
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "")
-    if capability.startswith("9."):
-        return None
-    return f"the GPU is {device.device_kind}, of compute capability {capability}; expected 9.0, Hopper"
-
-
 def segments_of(chunks: int, wanted: int) -> int:
     """As many segments of one length as wanted, or fewer, so that each is long enough and none is left empty."""
     segments = max(1, min(wanted, chunks // SHORTEST_SEGMENT))

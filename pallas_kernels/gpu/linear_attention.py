@@ -52,7 +52,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu._chunk import CHUNK, MULTIPROCESSORS, SPAN, THROUGH, TILE, other_gpu, segments_of
+from pallas_kernels.gpu import _scalar_decay
+from pallas_kernels.gpu._arrays import declined, group_sum, pad
+from pallas_kernels.gpu._chunk import CHUNK, MULTIPROCESSORS, SPAN, THROUGH, TILE, segments_of
 from pallas_kernels.gpu._walk import walk
 from pallas_kernels.gpu._walk_back import runs_in_one_walk, segments_back, walk_back
 from pallas_kernels.once import differentiated_once
@@ -60,30 +62,15 @@ from pallas_kernels.once import differentiated_once
 Array = jax.Array
 
 NAME = "pallas_gpu linear_attention"
-LARGEST = 256  # channels of q and k, and of v
 # With fewer blocks of threads than this the sequence is cut into segments, which costs a second reading of k and v.
 FEW_BLOCKS = 64
 
 
 def supports(q: Array, k: Array, v: Array, g: Array | None, *, chunk_size: int | None = None) -> str | None:
     """Why the kernel does not run on these arrays, or None where it does: by shapes, dtypes and the GPU, if any."""
-    if reason := other_gpu():
-        return reason
-    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
-        return f"q, k and v must be bfloat16, got {q.dtype}, {k.dtype} and {v.dtype}"
     if g is not None and g.ndim == 4:
         return "decay per channel is not supported, only one per head and step"
-    if v.shape[2] % q.shape[2]:
-        return f"the heads of v ({v.shape[2]}) are not a multiple of those of q and k ({q.shape[2]})"
-    if max(q.shape[-1], v.shape[-1]) > LARGEST:
-        return f"q and k have {q.shape[-1]} and v has {v.shape[-1]} channels, at most {LARGEST} are supported"
-    if q.shape[0] * v.shape[2] > 65535:
-        return f"batch times heads is {q.shape[0] * v.shape[2]}, more than the 65535 of a grid"
-    if chunk_size not in (None, CHUNK):
-        return f"chunks of {chunk_size} positions are not supported, only of {CHUNK}"
-    if 0 in q.shape or 0 in v.shape:
-        return f"empty arrays: q {q.shape}, v {v.shape}"
-    return None
+    return declined(q, k, v, chunk_size)
 
 
 def linear_attention(
@@ -109,19 +96,13 @@ def linear_attention(
     length, key_channels, value_channels = q.shape[1], q.shape[-1], v.shape[-1]
     if g is not None:
         g = jnp.broadcast_to(g.astype(jnp.float32), v.shape[:3])
-        g = _pad(g, 1, CHUNK)
-    q, k, v = (_pad(_pad(x, 1, CHUNK), 3, TILE) for x in (q, k, v))
-    state = _pad(_pad(initial_state.astype(jnp.float32), 2, TILE), 3, TILE)
+        g = pad(g, 1, CHUNK)
+    q, k, v = (pad(pad(x, 1, CHUNK), 3, TILE) for x in (q, k, v))
+    state = pad(pad(initial_state.astype(jnp.float32), 2, TILE), 3, TILE)
     if index is not None:
         index = jnp.pad(index, ((0, 0), (0, -length % CHUNK)), mode="edge")
     o, state = _attend(q, k, v, g, state, index, float(scale))
     return o[:, :length, :, :value_channels], state[:, :, :key_channels, :value_channels]
-
-
-def _pad(x: Array, axis: int, multiple: int) -> Array:
-    """Zeros at the end of an axis: neutral positions, or channels that are never used."""
-    missing = -x.shape[axis] % multiple
-    return x if missing == 0 else jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -172,15 +153,8 @@ def _gradients(scale, q, k, v, g, index, entered, left, do, d_left):
         if index is not None:
             started = jnp.diff(index, axis=1, prepend=0) != 0
             dg = jnp.where(started[..., None], 0, dg)
-    return _group_sum(dq.out, q), _group_sum(dk, k), dv, dg, d_state, None
-
-
-def _group_sum(gradient: Array, x: Array) -> Array:
-    """Sum over the heads of v that share a head of x."""
-    if gradient.shape == x.shape:
-        return gradient
-    grouped = gradient.reshape(*x.shape[:3], -1, x.shape[3])
-    return jnp.sum(grouped, axis=3, dtype=jnp.float32).astype(x.dtype)
+    heads = q.shape[2]
+    return group_sum(dq.out, heads), group_sum(dk, heads), dv, dg, d_state, None
 
 
 def _weights(g: Array | None, index: Array | None, shape: tuple, scale: float) -> Array:
@@ -188,24 +162,11 @@ def _weights(g: Array | None, index: Array | None, shape: tuple, scale: float) -
 
     shape: that of v
     """
-    batch, length, heads, _ = shape
-    chunks = (batch, heads, length // CHUNK, CHUNK)
-    if g is None:
-        b = jnp.zeros(chunks, jnp.float32)
-    else:
-        g = g.reshape(batch, -1, CHUNK, heads)
-        b = jnp.einsum("bnjh,ij->bhni", g, jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32)), precision="highest")
-    last = b[..., -1:]
-    enter, leave, through = scale * jnp.exp(b), jnp.exp(last - b), jnp.exp(last)
-    documents = []
-    if index is not None:
-        # In float32 document numbers are exact up to 2^24.
-        index = index.reshape(batch, 1, -1, CHUNK)
-        incoming = jnp.pad(index[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0)))
-        first, final = index == incoming, index == index[..., -1:]
-        enter, leave, through = enter * first, leave * final, through * first[..., -1:]
-        documents = [jnp.broadcast_to(index.astype(jnp.float32), chunks)]
-    return jnp.stack([b * math.log2(math.e), enter, leave, jnp.broadcast_to(through, chunks), *documents], axis=3)
+    b, enter, leave, through = _scalar_decay.weights(g, index, shape)
+    # In float32 document numbers are exact up to 2^24.
+    documents = [] if index is None else [index.reshape(b.shape[0], 1, -1, CHUNK).astype(jnp.float32)]
+    rows = (b * math.log2(math.e), scale * enter, leave, through, *documents)
+    return jnp.stack([jnp.broadcast_to(x, b.shape) for x in rows], axis=3)
 
 
 def _decay_gradient(flows: Array, states: Array, d_states: Array, at_end: Array) -> Array:
@@ -221,7 +182,7 @@ def _decay_gradient(flows: Array, states: Array, d_states: Array, at_end: Array)
     if spans > 1:
         products = states.astype(jnp.float32) * d_states.astype(jnp.float32)
         crossing = jnp.concatenate([products.sum((-1, -2)), crossing], axis=-1)
-    flows = _pad(flows, 2, SPAN).reshape(batch, heads, spans, SPAN // CHUNK, CHUNK)
+    flows = pad(flows, 2, SPAN).reshape(batch, heads, spans, SPAN // CHUNK, CHUNK)
     later = flows.sum(-1)
     later = jnp.flip(jnp.cumsum(jnp.flip(later, -1), -1), -1) - later + crossing[..., None]
     triangle = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))

@@ -29,6 +29,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.triangular_inverse import unit_lower_inverse
 from seqmodels.notation import Array
 from seqmodels.ops._chunks import (
     Chunk,
@@ -46,7 +47,6 @@ from seqmodels.ops._chunks import (
     swap,
 )
 from seqmodels.ops._scan import Documents
-from seqmodels.ops._triangular_inverse import unit_lower_inverse
 
 # What corrects one another within a chunk costs more than what only adds: half the length of linear attention.
 DEFAULT_CHUNK = 32

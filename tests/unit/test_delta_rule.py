@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.triangular_inverse import unit_lower_inverse
 from seqmodels.errors import InputError
-from seqmodels.ops._triangular_inverse import unit_lower_inverse
 from seqmodels.ops.delta_rule import delta_rule
 from tests.tolerances import TOLERANCES
 

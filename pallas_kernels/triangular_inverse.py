@@ -13,16 +13,16 @@ rows nothing of a float32 is left. (2) multiplies inverses alone, which stay sma
 and slower wherever a loop is; XLA's own triangular solve calls LAPACK on CPUs, matrix by matrix.
 """
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
-from seqmodels.notation import Array
+Array = jax.Array
 
 SMALL = 16
 
 
-def unit_lower_inverse(N: Float[Array, "... c c"]) -> Float[Array, "... c c"]:
-    """(I + N)^-1 for strictly lower triangular N; c is a power of two."""
+def unit_lower_inverse(N: Array) -> Array:
+    """(I + N)^-1 for strictly lower triangular N [..., c, c]; c is a power of two."""
     size = N.shape[-1]
     block = min(size, SMALL)
     X = _small_inverse(jnp.stack([_part(N, at, at, block) for at in range(0, size, block)]))

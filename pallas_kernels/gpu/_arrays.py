@@ -1,0 +1,54 @@
+"""What operators with a matrix state do with their arrays [b, t, heads, channels] around their kernels."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu._chunk import CHUNK
+
+Array = jax.Array
+
+LARGEST = 256  # channels of q and k, and of v
+
+
+def declined(q: Array, k: Array, v: Array, chunk_size: int | None) -> str | None:
+    """Why no kernel here takes these arrays, or None: by shapes, dtypes and the GPU, if any."""
+    if reason := _other_gpu():
+        return reason
+    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+        return f"q, k and v must be bfloat16, got {q.dtype}, {k.dtype} and {v.dtype}"
+    if v.shape[2] % q.shape[2]:
+        return f"the heads of v ({v.shape[2]}) are not a multiple of those of q and k ({q.shape[2]})"
+    if max(q.shape[-1], v.shape[-1]) > LARGEST:
+        return f"q and k have {q.shape[-1]} and v has {v.shape[-1]} channels, at most {LARGEST} are supported"
+    if q.shape[0] * v.shape[2] > 65535:
+        return f"batch times heads is {q.shape[0] * v.shape[2]}, more than the 65535 of a grid"
+    if chunk_size not in (None, CHUNK):
+        return f"chunks of {chunk_size} positions are not supported, only of {CHUNK}"
+    if 0 in q.shape or 0 in v.shape:
+        return f"empty arrays: q {q.shape}, v {v.shape}"
+    return None
+
+
+def _other_gpu() -> str | None:
+    """That this process has a GPU whose matrix instructions are not Hopper's."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    if capability.startswith("9."):
+        return None
+    return f"the GPU is {device.device_kind}, of compute capability {capability}; expected 9.0, Hopper"
+
+
+def pad(x: Array, axis: int, multiple: int) -> Array:
+    """Zeros at the end of an axis: neutral positions, or channels that are never used."""
+    missing = -x.shape[axis] % multiple
+    return x if missing == 0 else jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
+
+
+def group_sum(x: Array, heads: int) -> Array:
+    """[b, t, hv, ...] -> [b, t, heads, ...] in the same dtype: sum over the heads of v that share a head of q and k."""
+    if x.shape[2] == heads:
+        return x
+    grouped = x.reshape(*x.shape[:2], heads, -1, *x.shape[3:])
+    return jnp.sum(grouped, axis=3, dtype=jnp.float32).astype(x.dtype)
