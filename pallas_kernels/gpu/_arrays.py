@@ -46,9 +46,14 @@ def pad(x: Array, axis: int, multiple: int) -> Array:
     return x if missing == 0 else jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
 
 
-def group_sum(x: Array, heads: int) -> Array:
-    """[b, t, hv, ...] -> [b, t, heads, ...] in the same dtype: sum over the heads of v that share a head of q and k."""
-    if x.shape[2] == heads:
+def group_sum(x: Array, heads: int, axis: int = 2) -> Array:
+    """Sum over the heads of v, on this axis, that share one of the `heads` of q and k; the dtype stays."""
+    if x.shape[axis] == heads:
         return x
-    grouped = x.reshape(*x.shape[:2], heads, -1, *x.shape[3:])
-    return jnp.sum(grouped, axis=3, dtype=jnp.float32).astype(x.dtype)
+    grouped = x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :])
+    return jnp.sum(grouped, axis=axis + 1, dtype=jnp.float32).astype(x.dtype)
+
+
+def spread(x: Array, heads: int, axis: int = 2) -> Array:
+    """Of the heads of q and k, on this axis, the one that each of the `heads` of v reads."""
+    return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis=axis)

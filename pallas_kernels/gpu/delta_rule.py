@@ -1,0 +1,161 @@
+"""The delta rule on Hopper GPUs, without decay or with one for each head and step: forward and backward.
+
+    S~_t = exp(g_t) S_{t-1};   S_t = S~_t + beta_t k_t^T (v_t - k_t S~_t);   o_t = scale q_t S_t                    (1)
+
+(DeltaNet, Yang et al. 2024, arXiv 2406.06484; with decay Gated DeltaNet, Yang, Kautz, Hatamizadeh 2024, 2412.06464.)
+In a chunk of C = 64 positions, with b the inclusive cumulative sum of g and D_ij = exp(b_i - b_j) for j <= i, what is
+written in place of the values is T diag(beta) (V - exp(b) * (K S)), where S enters the chunk:
+
+    A_ij = (k_i k_j) D_ij,  j < i         T = (I + diag(beta) A)^-1                                                (2)
+    X = exp(b) * K                        W = T diag(beta) X         U = T diag(beta) V                            (3)
+    P_ij = scale (q_i k_j) D_ij           R = scale exp(b) * Q       E = exp(b_C - b) * K                          (4)
+
+None of this waits for a state, so that XLA makes it for all chunks at once. Then `_prepared_walk` walks the chunks:
+
+    N = U - W S        O = R S + P N        S' = exp(b_C) S + E^T N                                                (5)
+
+Backward, from what that walk writes down, N and S, and what the walk back gives, dN and dS', the cotangents of N and of
+the state S' that leaves the chunk:
+
+    dY = T^T dN                           dV = beta * dY             dX = -beta * (dY S^T)                         (6)
+    H  = -(dY N^T),  j < i                dA = beta * H                                                            (7)
+    dbeta_i = v_i dY_i - X_i (dY S^T)_i + sum_j H_ij A_ij                                                          (8)
+    dR = dO S^T        dE = N dS'^T       dP = dO N^T,  j <= i       dthrough = <dS', S>                           (9)
+
+(7) is the derivative -T^T dT T^T of the inverse: dT T^T is (dN V^T diag(beta) - dN S^T X^T diag(beta)) T^T = dN N^T.
+The two parts of (8) that nearly cancel where the memory holds what it is told have the same rounded dY. What becomes of
+the cotangents of P, A, R, X, E and exp(b_C), in Q, K and g, is in `_scalar_decay`.
+
+No exponent is positive. Documents are masks on (2) to (5).
+
+    name            shape            dtype
+    q, k            [b, t, h, k]     bfloat16              head j of v reads head j // (hv // h)
+    v, o            [b, t, hv, v]    bfloat16
+    beta            [b, t, hv]       float32               in [0, 2]
+    g               [b, t, hv]       float32               natural log, <= 0; or None
+    initial         [b, hv, k, v]    float32               as is the final state
+    index           [b, t]           int32                 document of each position, non-decreasing; or None
+    A, T, P         [b, hv, n, C, C]                       n = t / C chunks; the inverse is made in float32
+    R, E, X, W      [b, t, hv, k]    bfloat16
+    U, N, dY        [b, t, hv, v]    bfloat16
+    S, dS'          [b, hv, n, k, v] bfloat16
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu import _prepared_walk, _scalar_decay
+from pallas_kernels.gpu._arrays import declined, pad
+from pallas_kernels.gpu._chunk import CHUNK, TILE
+from pallas_kernels.gpu._chunk_products import (
+    apply,
+    apply_transposed,
+    by_chunk,
+    by_position,
+    meet,
+    read_transposed,
+)
+from pallas_kernels.gpu._scalar_decay import Prepared
+from pallas_kernels.once import differentiated_once
+from pallas_kernels.triangular_inverse import unit_lower_inverse
+
+Array = jax.Array
+
+NAME = "pallas_gpu delta_rule"
+
+
+def supports(
+    q: Array, k: Array, v: Array, beta: Array, g: Array | None, *, chunk_size: int | None = None
+) -> str | None:
+    """Why the kernel does not run on these arrays, or None where it does: by shapes, dtypes and the GPU, if any."""
+    if not jnp.issubdtype(beta.dtype, jnp.floating):
+        return f"beta is {beta.dtype}; expected a floating-point type"
+    if g is not None and g.ndim == 4:
+        return "decay per channel is not supported, only one per head and step"
+    return declined(q, k, v, chunk_size)
+
+
+def delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array | None,
+    initial: Array,
+    index: Array | None,
+    *,
+    scale: float,
+    chunk_size: int | None = None,
+) -> tuple[Array, Array]:
+    """Outputs [b, t, hv, v] in v's dtype and the final state [b, hv, k, v] in float32, equation (1).
+
+    At padding k and g must be 0. Document 0 is the one that `initial` belongs to. Differentiable once, with respect to
+    all but `index`.
+
+    Raises ValueError with the reason of `supports`.
+    """
+    if reason := supports(q, k, v, beta, g, chunk_size=chunk_size):
+        raise ValueError(f"{NAME}: {reason}")
+    length, key_channels, value_channels = q.shape[1], q.shape[-1], v.shape[-1]
+    q, k, v = (pad(pad(x, 1, CHUNK), 3, TILE) for x in (q, k, v))
+    beta, g = (x if x is None else pad(x.astype(jnp.float32), 1, CHUNK) for x in (beta, g))
+    state = pad(pad(initial.astype(jnp.float32), 2, TILE), 3, TILE)
+    if index is not None:
+        index = jnp.pad(index, ((0, 0), (0, -length % CHUNK)), mode="edge")
+    o, state = _run(q, k, v, beta, g, state, index, float(scale))
+    return o[:, :length, :, :value_channels], state[:, :, :key_channels, :value_channels]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _run(q, k, v, beta, g, state, index, scale):
+    return _results(scale, False, q, k, v, beta, g, state, index)[0]
+
+
+def _forward(q, k, v, beta, g, state, index, scale):
+    return differentiated_once(NAME, partial(_results, scale, True))(q, k, v, beta, g, state, index)
+
+
+def _backward(scale, residuals, cotangents):
+    return differentiated_once(NAME, partial(_gradients, scale))(*residuals, *cotangents)
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _results(scale, for_gradients, q, k, v, beta, g, state, index):
+    """Outputs and final state, and what the gradients need."""
+    x = _scalar_decay.prepare(q, k, g, index, v.shape, scale)
+    strength = by_chunk(beta)
+    T = unit_lower_inverse(strength[..., :, None] * x.A)
+    W, U = (apply(T * strength[..., None, :], y).astype(v.dtype) for y in (x.X, v))
+    walked = _prepared_walk.forward(x.R, x.E, W, x.P, U, x.through, state, for_gradients=for_gradients)
+    return (walked.o, walked.final), (q, k, v, beta, g, index, T.astype(v.dtype), W, walked.N, walked.states)
+
+
+def _gradients(scale, q, k, v, beta, g, index, T, W, N, S, do, d_final):
+    """Cotangents of q, k, v, beta, g, the initial state and the index, from what `_results` kept and those of the
+    results.
+    """
+    x = _scalar_decay.prepare(q, k, g, index, v.shape, scale)
+    back = _prepared_walk.backward(x.R, x.E, W, x.P, do, x.through, d_final)
+    dS = back.d_states
+    # (6) and (7)
+    dY = apply_transposed(T, back.dU).astype(v.dtype)
+    returned = read_transposed(dY, S)
+    H = jnp.tril(-meet(dY, N), -1)
+    # (8)
+    dbeta = jnp.sum(v.astype(jnp.float32) * dY, axis=-1) - jnp.sum(x.X * returned, axis=-1)
+    dbeta += by_position(jnp.sum(H * x.A, axis=-1))
+    # (9)
+    d = Prepared(
+        P=jnp.tril(meet(do, N)),
+        A=by_chunk(beta)[..., :, None] * H,
+        R=read_transposed(do, S),
+        X=-beta[..., None] * returned,
+        E=read_transposed(N, dS),
+        through=jnp.sum(dS.astype(jnp.float32) * S, axis=-1),
+    )
+    dq, dk, dg = _scalar_decay.prepare_backward(q, k, g, index, scale, x, d)
+    return dq, dk, (beta[..., None] * dY).astype(v.dtype), dbeta, dg, back.d_state, None
