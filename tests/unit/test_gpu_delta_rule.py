@@ -1,0 +1,162 @@
+"""The delta rule for Hopper GPUs: it is lowered and compiled without one, and computes in Pallas' interpreter or, where
+JAX sees one (JAX_PLATFORMS=cpu,cuda), on a GPU."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pallas_kernels.gpu.delta_rule import delta_rule, supports
+from tests.hopper import compile_for_hopper, needs_cuda_compiler, on_gpu_or_interpreted
+
+NAMES = ("o", "final state", "q", "k", "v", "beta", "g", "state")
+# Of the norm of the difference to that of the reference. Rows, pairs, states and results are rounded to bfloat16, each
+# by a third of an epsilon on average; about five such errors add up, as squares. With one key that is written again
+# and again, dN is a sum over all later positions, of which dY has the differences of neighbours: the error of a sum of
+# up to 64 terms in one term, in dV and in dbeta.
+BFLOAT16 = float(jnp.finfo(jnp.bfloat16).eps)
+TOLERANCE = dict.fromkeys(NAMES, BFLOAT16)
+ONE_KEY = TOLERANCE | {"v": 8 * BFLOAT16, "beta": 8 * BFLOAT16}
+
+
+class Case(NamedTuple):
+    length: int
+    heads: int
+    value_heads: int
+    key_channels: int
+    value_channels: int
+    decay: float | None = 0.1  # mean of -g
+    documents: bool = False
+    one_key: bool = False  # the same at every position, and beta = 1
+    batch: int = 1
+
+    def shapes(self) -> tuple:
+        """Of q, k, v, beta, g, the state and the documents' numbers."""
+        of, rows, scalar = jax.ShapeDtypeStruct, (self.batch, self.length), (self.batch, self.length, self.value_heads)
+        key = of((*rows, self.heads, self.key_channels), jnp.bfloat16)
+        return (
+            key,
+            key,
+            of((*scalar, self.value_channels), jnp.bfloat16),
+            of(scalar, jnp.float32),
+            None if self.decay is None else of(scalar, jnp.float32),
+            of((self.batch, self.value_heads, self.key_channels, self.value_channels), jnp.float32),
+            of(rows, jnp.int32) if self.documents else None,
+        )
+
+    def arrays(self) -> tuple:
+        random = np.random.default_rng(0)
+        *shapes, index = self.shapes()
+        q, k, v, beta, g, state = (x if x is None else random.normal(size=x.shape) for x in shapes)
+        k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+        beta = 2 / (1 + np.exp(-beta))
+        if self.one_key:
+            k, beta = np.broadcast_to(k[:, :1], k.shape), np.ones_like(beta)
+        g = None if g is None else -self.decay * random.exponential(size=g.shape)
+        arrays = (
+            x if x is None else jnp.asarray(x, of.dtype) for x, of in zip((q, k, v, beta, g, state), self.shapes())
+        )
+        if index is not None:
+            # Rows start in the document of the state, and documents are shorter and longer than a chunk.
+            index = jnp.asarray(np.cumsum(random.random(index.shape) < 1 / 40, axis=1), jnp.int32)
+        return *arrays, index
+
+
+def forward(q, k, v, beta, g, state, index):
+    return delta_rule(q, k, v, beta, g, state, index, scale=q.shape[-1] ** -0.5)
+
+
+def backward(*arrays):
+    """The gradients of everything that has one, with cotangents that are the results."""
+    *inputs, index = arrays
+    results, pullback = jax.vjp(lambda *inputs: forward(*inputs, index), *inputs)
+    return pullback(results)
+
+
+PROGRAMS = {"forward": forward, "backward": backward}
+SIZES = [
+    Case(1024, 2, 2, 64, 64, decay=None, batch=2),
+    Case(1000, 2, 4, 128, 128, documents=True),
+    Case(1024, 1, 1, 200, 256),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_lowers_for_cuda(case, program):
+    lowered = jax.jit(PROGRAMS[program]).trace(*case.shapes()).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_compiles_for_hopper(case):
+    compile_for_hopper(backward, case.shapes())
+
+
+def definition(q, k, v, beta, g, state, index, scale):
+    """The recurrence of the kernel's docstring, step by step, in the dtype of its arguments."""
+    q, k = (jnp.repeat(x, v.shape[2] // q.shape[2], axis=2) for x in (q, k))
+    g = jnp.zeros_like(beta) if g is None else g
+    index = jnp.zeros(v.shape[:2], jnp.int32) if index is None else index
+    same = index == jnp.pad(index[:, :-1], ((0, 0), (1, 0)))
+
+    def step(state, x):
+        q, k, v, beta, g, same = x
+        kept = jnp.where(same[:, None, None, None], jnp.exp(g)[..., None, None] * state, 0)
+        wrong = v - jnp.einsum("bhk,bhkv->bhv", k, kept)
+        state = kept + k[..., :, None] * (beta[..., None] * wrong)[..., None, :]
+        return state, scale * jnp.einsum("bhk,bhkv->bhv", q, state)
+
+    state, o = lax.scan(step, state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (q, k, v, beta, g, same)))
+    return jnp.swapaxes(o, 0, 1), state
+
+
+def results_and_gradients(function, arrays) -> dict:
+    *inputs, index = arrays
+    results, pullback = jax.vjp(lambda *inputs: function(*inputs, index), *inputs)
+    # Cotangents that do not depend on what is compared, in the dtypes of the results.
+    random = np.random.default_rng(1)
+    cotangents = tuple(
+        jnp.asarray(random.normal(size=x.shape), jnp.bfloat16 if n == 0 else jnp.float32).astype(x.dtype)
+        for n, x in enumerate(results)
+    )
+    return dict(zip(NAMES, (*results, *pullback(cotangents))))
+
+
+def errors(case: Case, arrays: tuple | None = None) -> dict[str, float]:
+    """Of the kernel against the definition in float64; `arrays` are what the definition gets, by default the same."""
+    given = case.arrays()
+    with on_gpu_or_interpreted():
+        got = results_and_gradients(forward, given)
+        got = {name: None if x is None else np.asarray(x, np.float64) for name, x in got.items()}
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        exact = [
+            x if x is None or x.dtype == jnp.int32 else jnp.asarray(np.asarray(x, np.float64))
+            for x in (given if arrays is None else arrays)
+        ]
+        scale = case.key_channels**-0.5
+        expected = results_and_gradients(jax.jit(lambda *x: definition(*x, scale)), exact)
+        expected = {name: x if x is None else np.asarray(x, np.float64) for name, x in expected.items()}
+    assert all(np.isfinite(x).all() for x in got.values() if x is not None)
+    return {
+        name: np.linalg.norm(got[name] - x) / np.linalg.norm(x) for name, x in expected.items() if x is not None
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(150, 1, 2, 64, 64, documents=True),
+        Case(130, 1, 1, 64, 64, decay=50.0),
+        Case(64, 1, 1, 40, 96, decay=None),
+        Case(150, 1, 1, 64, 64, decay=1e-3, one_key=True),
+    ],
+    ids=str,
+)
+def test_agrees_with_the_definition(case):
+    for name, error in errors(case).items():
+        assert error < (ONE_KEY if case.one_key else TOLERANCE)[name], name
