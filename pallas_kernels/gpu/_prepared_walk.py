@@ -185,7 +185,7 @@ def _walk(
             through = scratch["through"].at[slot]
 
             def stored():
-                # What the step before has stored has left shared memory.
+                # What the step before has stored has left shared memory, and every warp is done with its products.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def put_written(x):
@@ -207,8 +207,7 @@ def _walk(
                     plgpu.wgmma(change, columns.at[:, block].T, written)
                 if first:
                     out = accumulators[0][...]
-                    if not (erasing and not reverse):
-                        stored()
+                    stored()
                     out_ref[...] = out.astype(dtype)
                     if erasing and reverse:
                         put_written(-out)
