@@ -25,7 +25,7 @@ that leaves a chunk. With them
 
 (7) is the derivative -T^T dT T^T of the inverse, since dT = dN (beta * (V - X S))^T, of which T makes N. The terms of
 (8) nearly cancel where the memory already holds what it is told: they have the same rounded dY. What dP, dA, dR, dX, dE
-and the cotangent of exp(b_C), the sum over v of dS' * S, are for Q, K and g, is in `_scalar_decay` and `_channel_decay`.
+and the cotangent of exp(b_C), the sum over v of dS' * S, are for Q, K and g, is in those two modules.
 
 No exponent is positive. Documents are masks on (2) to (5).
 

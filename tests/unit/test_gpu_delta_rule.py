@@ -145,9 +145,7 @@ def errors(case: Case, arrays: tuple | None = None) -> dict[str, float]:
         expected = results_and_gradients(jax.jit(lambda *x: definition(*x, scale)), exact)
         expected = {name: x if x is None else np.asarray(x, np.float64) for name, x in expected.items()}
     assert all(np.isfinite(x).all() for x in got.values() if x is not None)
-    return {
-        name: np.linalg.norm(got[name] - x) / np.linalg.norm(x) for name, x in expected.items() if x is not None
-    }
+    return {name: np.linalg.norm(got[name] - x) / np.linalg.norm(x) for name, x in expected.items() if x is not None}
 
 
 @pytest.mark.parametrize(
