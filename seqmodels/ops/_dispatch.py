@@ -124,7 +124,7 @@ def _run_here(
         return op.kernels[backend].call(arrays, state, docs, chunk_size=chunk_size, options=options)
     chosen = {}
     for name, kernel in op.kernels.items():
-        if kernel.automatic and kernel.platform not in chosen and _why_not(kernel, arrays, asked) is None:
+        if kernel.is_automatic(arrays) and kernel.platform not in chosen and _why_not(kernel, arrays, asked) is None:
             _log_once(f"{op.name}: backend {name} where it is lowered for {kernel.platform}")
             chosen[kernel.platform] = functools.partial(kernel.call, chunk_size=chunk_size, options=options)
     return jax.lax.platform_dependent(arrays, state, docs, default=implementation, **chosen)

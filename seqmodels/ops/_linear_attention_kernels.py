@@ -17,19 +17,17 @@ from seqmodels.ops._op import Inputs, Kernel, Options
 from seqmodels.ops._scan import Documents
 
 
-def kernel(platform: str, name: str, by_channel: str | None = None) -> Kernel:
-    """Of the modules of these names, which have the functions of `pallas_kernels.tpu.linear_attention`.
+def kernel(platform: str, automatic: bool | Callable[[Inputs], bool] = True) -> Kernel:
+    """Of the modules of this platform: `linear_attention`, and `channel_decay` for decay per channel.
 
-    They are imported when they are first asked: a program that names "xla" need not load Pallas. by_channel: the one
-    for decay per channel, whose function is `channel_decay`.
+    They are imported when they are first asked: a program that names "xla" need not load Pallas.
     """
+    package = f"pallas_kernels.{_PACKAGES[platform]}"
 
     def module_and_function(g: Array | None) -> tuple[ModuleType, Callable]:
-        if by_channel is not None and g is not None and g.ndim == 4:
-            module = importlib.import_module(by_channel)
-            return module, module.channel_decay
-        module = importlib.import_module(name)
-        return module, module.linear_attention
+        name = "channel_decay" if _by_channel(g) else "linear_attention"
+        module = importlib.import_module(f"{package}.{name}")
+        return module, getattr(module, name)
 
     def supports(arrays: Inputs, options: Options) -> str | None:
         q, k, v, g = (arrays[name] for name in "qkvg")
@@ -58,14 +56,20 @@ def kernel(platform: str, name: str, by_channel: str | None = None) -> Kernel:
             S = type(state)(S[..., :-1], S[..., -1])
         return o if docs is None else _scan.zero_at_padding(docs, o)[0], S
 
-    return Kernel(platform, supports, call)
+    return Kernel(platform, supports, call, automatic)
+
+
+def _by_channel(g: Array | None) -> bool:
+    return g is not None and g.ndim == 4
 
 
 def _with_ones(v: Array) -> Array:
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
 
 
+_PACKAGES = {"tpu": "tpu", "cuda": "gpu"}
 KERNELS = {
-    "pallas_tpu": kernel("tpu", "pallas_kernels.tpu.linear_attention", "pallas_kernels.tpu.channel_decay"),
-    "pallas_gpu": kernel("cuda", "pallas_kernels.gpu.linear_attention"),
+    "pallas_tpu": kernel("tpu"),
+    # On a GPU the speed of decay per channel is not known yet.
+    "pallas_gpu": kernel("cuda", automatic=lambda arrays: not _by_channel(arrays["g"])),
 }

@@ -36,14 +36,17 @@ class Kernel:
     The options of `supports` have "chunk_size" and "documents", whether there are any, too.
 
     platform: what the kernel is lowered for, in the vocabulary of `jax.lax.platform_dependent` ("tpu", "cuda").
-    automatic: whether backend="auto" may take it. False for a kernel whose speed is not known yet, neither from the
-    hardware nor from a compiler's schedule: it runs where it is asked for by name.
+    automatic: whether backend="auto" may take it, or what says so of the arrays. False for a kernel whose speed is not
+    known yet, neither from the hardware nor from a compiler's schedule: it runs where it is asked for by name.
     """
 
     platform: str
     supports: Callable[..., str | None]
     call: Callable[..., tuple[Array, State]]
-    automatic: bool = True
+    automatic: bool | Callable[[Inputs], bool] = True
+
+    def is_automatic(self, arrays: Inputs) -> bool:
+        return self.automatic(arrays) if callable(self.automatic) else self.automatic
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Choice of form and backend: what is unknown is named, what is named runs or raises."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from seqmodels.errors import InputError
 from seqmodels.ops._op import Kernel
+from seqmodels.ops.linear_attention import linear_attention
 from tests.conformance.cases import described_by
 from tests.conformance.toy.ops.moving_average import MOVING_AVERAGE, moving_average
 
@@ -94,7 +96,21 @@ def test_auto_takes_the_first_kernel_that_can_for_the_platform():
         assert (moving_average(X, G)[0] < 7).all()
 
 
-def test_auto_leaves_a_kernel_alone_that_is_taken_only_by_name():
-    with described_with(unmeasured=dataclasses.replace(kernel("cpu", None), automatic=False)):
+@pytest.mark.parametrize("automatic", [False, lambda arrays: "x" not in arrays])
+def test_auto_leaves_a_kernel_alone_that_is_taken_only_by_name(automatic):
+    with described_with(unmeasured=dataclasses.replace(kernel("cpu", None), automatic=automatic)):
         assert (moving_average(X, G)[0] < 7).all()
         assert (moving_average(X, G, backend="unmeasured")[0] == 7).all()
+
+
+def test_decay_per_channel_on_a_gpu_is_taken_only_by_name():
+    row = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    g = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float32)
+
+    def has_kernel(g: jax.ShapeDtypeStruct, backend: str) -> bool:
+        run = jax.jit(functools.partial(linear_attention, backend=backend))
+        return "mosaic_gpu" in run.trace(row, row, row, g).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert has_kernel(g, "pallas_gpu")
+    assert not has_kernel(g, "auto")
+    assert has_kernel(jax.ShapeDtypeStruct(g.shape[:3], g.dtype), "auto")
