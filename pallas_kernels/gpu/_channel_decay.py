@@ -62,18 +62,30 @@ def weights(g: Array, index: Array | None) -> Weights:
     return Weights(b, enter, leave, through)
 
 
-def prepare(q: Array, k: Array, g: Array, index: Array | None, shape: tuple, scale: float) -> Prepared:
-    """shape: that of v."""
-    w, (Q, K) = weights(g, index), _rows(q, k, shape[2], scale)
-    P, A = (jnp.where(pairs(index), scores(x, K, w.b, q.dtype), 0) for x in (Q, K))
-    R, X, E = (by_position(x).astype(q.dtype) for x in (w.enter * Q, w.enter * K, w.leave * K))
-    return Prepared(P.astype(q.dtype), jnp.tril(A, -1), R, X, E, w.through)
+def prepare(
+    q: Array,
+    k: Array,
+    g: Array,
+    index: Array | None,
+    shape: tuple,
+    scale: float,
+    *,
+    correcting: bool = True,
+) -> Prepared:
+    """shape: that of v. correcting: with A and X, what corrects values."""
+    w, (Q, K), seen = weights(g, index), _rows(q, k, shape[2], scale), pairs(index)
+    P = jnp.where(seen, scores(Q, K, w.b, q.dtype), 0).astype(q.dtype)
+    R, E = (by_position(x).astype(q.dtype) for x in (w.enter * Q, w.leave * K))
+    if not correcting:
+        return Prepared(P, R, E, w.through)
+    A = jnp.where(seen, jnp.tril(scores(K, K, w.b, q.dtype), -1), 0)
+    return Prepared(P, R, E, w.through, A, by_position(w.enter * K).astype(q.dtype))
 
 
 def prepare_backward(
     q: Array, k: Array, g: Array, index: Array | None, scale: float, x: Prepared, d: Prepared
 ) -> tuple[Array, Array, Array]:
-    """Cotangents of q, k and g from those of `prepare`, equations (3) to (5); d.A and d.X may be None."""
+    """Cotangents of q, k and g from those of `prepare`, equations (3) to (5)."""
     heads, seen = k.shape[2], pairs(index)
     w, (Q, K) = weights(g, index), _rows(q, k, d.R.shape[2], scale)
     dR, dE = by_chunk(d.R), by_chunk(d.E)
