@@ -78,7 +78,7 @@ def prepare(
     R, E = (by_position(x).astype(q.dtype) for x in (w.enter * Q, w.leave * K))
     if not correcting:
         return Prepared(P, R, E, w.through)
-    A = jnp.where(seen, jnp.tril(scores(K, K, w.b, q.dtype), -1), 0)
+    A = jnp.where(seen, jnp.tril(scores(K, K, _since(w.b, 16), q.dtype), -1), 0)
     return Prepared(P, R, E, w.through, A, by_position(w.enter * K).astype(q.dtype))
 
 
@@ -89,12 +89,12 @@ def prepare_backward(
     heads, seen = k.shape[2], pairs(index)
     w, (Q, K) = weights(g, index), _rows(q, k, d.R.shape[2], scale)
     dR, dE = by_chunk(d.R), by_chunk(d.E)
-    dq, dk, entering = scores_backward(jnp.where(seen, d.P, 0), Q, K, w.b, q.dtype)
+    dq, dk, entering = scores_backward(jnp.where(seen, d.P, 0), Q, K, _since(w.b, 32), q.dtype)
     dq, dk = scale * (dq + w.enter * dR), dk + w.leave * dE
     entering += by_chunk(x.R) * dR
     if d.X is not None:
         dX = by_chunk(d.X)
-        later, earlier, db = scores_backward(jnp.where(seen, jnp.tril(d.A, -1), 0), K, K, w.b, q.dtype)
+        later, earlier, db = scores_backward(jnp.where(seen, jnp.tril(d.A, -1), 0), K, K, _since(w.b, 48), q.dtype)
         dk += later + earlier + w.enter * dX
         entering += db + by_chunk(x.X) * dX
     crossing = _sums(entering, jnp.tri(CHUNK)) + _sums(by_chunk(x.E) * dE, jnp.tri(CHUNK, k=-1).T)
@@ -104,6 +104,15 @@ def prepare_backward(
         dg = jnp.where(started[..., None, None], 0, dg)
     dq, dk = (group_sum(by_position(y), heads).astype(q.dtype) for y in (dq, dk))
     return dq, dk, dg
+
+
+def _since(b: Array, position: int) -> Array:
+    """b from this position on, for pairs as good as b.
+
+    Each sum over pairs gets a b of its own: from the same one XLA would make the exponentials of all pairs of a group
+    once for several sums and write them down, 16 times the size of g.
+    """
+    return b - b[..., position : position + 1, :]
 
 
 def _rows(q: Array, k: Array, heads: int, scale: float) -> tuple[Array, Array]:
