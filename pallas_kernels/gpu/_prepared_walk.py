@@ -137,8 +137,11 @@ def _walk(
     inputs = {name: x for name, x in inputs.items() if x is not None}
     wide, erasing = [name for name in WIDE if name in inputs], erase is not None
     stages = _stages(key_channels, len(wide), erasing)
-    # The accumulators of more blocks do not fit the registers beside the state.
-    together = 2 if len(blocks) < 4 else 1
+    # Blocks that change together: their accumulators fit the registers beside the state, and at the first group beside
+    # that of `out`, which is alone where the state is large.
+    groups = [blocks[n : n + 2] for n in range(0, len(blocks), 2)]
+    if len(blocks) > 3:
+        groups = [[], *([block] for block in blocks)]
 
     def kernel(inputs, initial, outputs, scratch):
         item, channels = lax.axis_index("item"), pl.ds(lax.axis_index("tile") * TILE, TILE)
@@ -160,11 +163,6 @@ def _walk(
             for name in ("pairs", "through"):
                 plgpu.copy_gmem_to_smem(inputs[name].at[row, head, chunk_at(i)], scratch[name].at[slot], loaded)
 
-        def keep(state):
-            for block, x in zip(blocks, state):
-                state_ref.at[block][...] = x.astype(dtype)
-            plgpu.commit_smem()
-
         def store_state(i):
             """The one that step i starts from."""
             if "states" in outputs:
@@ -175,7 +173,9 @@ def _walk(
             if i < chunks:
                 fetch(jnp.int32(i))
         state = tuple(load(initial.at[row, head, block, channels], MATRIX, optimized=False) for block in blocks)
-        keep(state)
+        for block, x in zip(blocks, state):
+            state_ref.at[block][...] = x.astype(dtype)
+        plgpu.commit_smem()
         store_state(jnp.int32(0))
 
         def step(i, state):
@@ -196,14 +196,13 @@ def _walk(
                 plgpu.wgmma(accumulator, erase, state_ref)
                 return accumulator[...]
 
-            def products(n, written, *accumulators):
-                """What the blocks from n on change by; and `out`, at the first of them."""
-                first, changed_blocks = n == 0, blocks[n : n + together]
+            def products(group, first, written, *accumulators):
+                """What the blocks of a group change by; and `out`, at the first group."""
                 changes = accumulators[first:]
                 if first:
                     plgpu.wgmma(accumulators[0], rows, state_ref)
                     plgpu.wgmma(accumulators[0], pairs.T if reverse else pairs, written)
-                for block, change in zip(changed_blocks, changes):
+                for block, change in zip(group, changes):
                     plgpu.wgmma(change, columns.at[:, block].T, written)
                 if first:
                     out = accumulators[0][...]
@@ -212,7 +211,7 @@ def _walk(
                     if erasing and reverse:
                         put_written(-out)
                 if erasing and reverse:
-                    for block, change in zip(changed_blocks, changes):
+                    for block, change in zip(group, changes):
                         plgpu.wgmma(change, erase.at[:, block].T, written_ref)
                 return [change[...] for change in changes]
 
@@ -224,11 +223,12 @@ def _walk(
                 put_written(N)
                 written = written_ref
             changed = []
-            for n in range(0, len(blocks), together):
-                changes = accumulate(partial(products, n, written), (n == 0) + len(blocks[n : n + together]))
-                for block, x, change in zip(blocks[n:], state[n:], changes):
+            for n, group in enumerate(groups):
+                changes = accumulate(partial(products, group, n == 0, written), (n == 0) + len(group))
+                for block, x, change in zip(group, state[len(changed) :], changes):
                     changed.append(over(load(through.at[block], BY_ROW), 0) * x + change)
-            keep(changed)
+                    state_ref.at[block][...] = changed[-1].astype(dtype)
+            plgpu.commit_smem()
             pl.when(i + stages < chunks)(lambda: fetch(i + stages))
             plgpu.copy_smem_to_gmem(out_ref, part(outputs["out"], i, channels))
             if "written" in outputs:
