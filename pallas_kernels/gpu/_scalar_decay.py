@@ -88,14 +88,16 @@ class Prepared(NamedTuple):
     P, A     [b, hv, n, C, C]  bfloat16 and float32
     R, X, E  [b, t, hv, k]     bfloat16
     through  [b, hv, n, k]     float32
+
+    A and X are None where nothing is corrected.
     """
 
     P: Array
-    A: Array
     R: Array
-    X: Array
     E: Array
     through: Array
+    A: Array | None = None
+    X: Array | None = None
 
 
 def prepare(q: Array, k: Array, g: Array | None, index: Array | None, shape: tuple, scale: float) -> Prepared:
@@ -107,7 +109,7 @@ def prepare(q: Array, k: Array, g: Array | None, index: Array | None, shape: tup
     enter, leave = (by_position(x)[..., None] for x in w[1:3])
     R, X, E = (x.astype(q.dtype) for x in (scale * enter * Q, enter * K, leave * K))
     through = jnp.broadcast_to(w.through, (*w.through.shape[:3], k.shape[3]))
-    return Prepared((scale * queries * D).astype(q.dtype), jnp.tril(keys * D, -1), R, X, E, through)
+    return Prepared((scale * queries * D).astype(q.dtype), R, E, through, jnp.tril(keys * D, -1), X)
 
 
 def prepare_backward(

@@ -5,7 +5,7 @@
 (gated linear attention: Yang et al. 2023, arXiv 2312.06635; HGRN2: Qin et al. 2024, arXiv 2404.07904.) In a chunk of
 C = 64 positions, with b the inclusive cumulative sum of g, S the state that enters and S' the one that leaves:
 
-    P_ij = scale sum_k q_ik k_jk exp(b_ik - b_jk),  j <= i          (`_channel_scores`)                            (2)
+    P_ij = scale sum_k q_ik k_jk exp(b_ik - b_jk),  j <= i          (`_channel_decay`)                             (2)
     R    = scale exp(b) * Q            E  = exp(b_C - b) * K                                                       (3)
     O    = P V + R S                   S' = diag(exp(b_C)) S + E^T V                                               (4)
 
@@ -14,11 +14,8 @@ Backward, it walks back and gives dV and dS', the cotangent of what leaves each 
 single chunks:
 
     dR = dO S^T        dE = V dS'^T        dP = dO V^T,  j <= i        dc = sum_v(dS' * S)                         (5)
-    dQ = scale (exp(b) * dR + what comes from dP)                      dK = exp(b_C - b) * dE + what comes from dP (6)
-    dg_t = sum_{i >= t} (db_i + R_i * dR_i) + sum_{j < t} E_j * dE_j + exp(b_C) * dc                               (7)
 
-with db what P has of it. (7) is what crosses position t: pairs, reads, writes and the state. Only the terms of pairs
-that do not cross cancel, and they have the same rounded factors. Documents are masks on (2) to (4).
+with c = exp(b_C). What these are for Q, K and g is in `_channel_decay`. Documents are masks on (2) to (4).
 
     name            shape              dtype
     q, k            [b, t, h, k]       bfloat16            head j of v reads head j // (hv // h)
@@ -26,20 +23,20 @@ that do not cross cancel, and they have the same rounded factors. Documents are 
     g               [b, t, hv, k]      float32             natural log, <= 0
     initial_state   [b, hv, k, v]      float32             as is the final one
     index           [b, t]             int32               document of each position, non-decreasing; or None
-    b               [b, hv, n, C, k]   float32             n = t / C chunks
     P, R, E         as `_prepared_walk` has them
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu import _channel_scores, _prepared_walk, _scalar_decay
-from pallas_kernels.gpu._arrays import declined, group_sum, pad, spread
+from pallas_kernels.gpu import _prepared_walk
+from pallas_kernels.gpu._arrays import declined, pad
+from pallas_kernels.gpu._channel_decay import prepare, prepare_backward
 from pallas_kernels.gpu._chunk import CHUNK, TILE
-from pallas_kernels.gpu._chunk_products import by_chunk, by_position, meet, read_transposed
+from pallas_kernels.gpu._chunk_products import meet, read_transposed
+from pallas_kernels.gpu._scalar_decay import Prepared
 from pallas_kernels.once import differentiated_once
 
 Array = jax.Array
@@ -101,66 +98,20 @@ _attend.defvjp(_forward, _backward)
 
 def _results(scale, for_gradients, q, k, v, g, state, index):
     """Outputs and final state, and what the gradients need."""
-    x = _prepare(q, k, g, index, scale)
-    pairs = jnp.where(_scalar_decay.pairs(index), _channel_scores.scores(x.q, x.k, x.b, v.dtype), 0).astype(v.dtype)
-    walked = _prepared_walk.forward(x.R, x.E, None, pairs, v, x.through, state, for_gradients=for_gradients)
+    x = prepare(q, k, g, index, v.shape, scale, correcting=False)
+    walked = _prepared_walk.forward(x.R, x.E, None, x.P, v, x.through, state, for_gradients=for_gradients)
     return (walked.o, walked.final), (q, k, v, g, index, walked.states)
 
 
 def _gradients(scale, q, k, v, g, index, states, do, d_final):
     """Cotangents of q, k, v, g, the initial state and the index, from what `_results` kept and those of the results."""
-    x, seen = _prepare(q, k, g, index, scale), _scalar_decay.pairs(index)
-    pairs = jnp.where(seen, _channel_scores.scores(x.q, x.k, x.b, v.dtype), 0).astype(v.dtype)
-    back = _prepared_walk.backward(x.R, x.E, None, pairs, do, x.through, d_final)
-    # (5)
-    d_pairs = jnp.where(seen, meet(do, v), 0)
-    dR, dE = (by_chunk(read_transposed(*y)) for y in ((do, states), (v, back.d_states)))
-    d_through = jnp.sum(back.d_states.astype(jnp.float32) * states, axis=-1)
-    # (6)
-    dq, dk, db = _channel_scores.scores_backward(d_pairs, x.q, x.k, x.b, v.dtype)
-    dq, dk = scale * (dq + x.enter * dR), dk + x.leave * dE
-    dq, dk = (group_sum(by_position(y), q.shape[2]).astype(q.dtype) for y in (dq, dk))
-    # (7)
-    triangle = jnp.tri(CHUNK)
-    crossing = _sums(db + by_chunk(x.R) * dR, triangle) + _sums(by_chunk(x.E) * dE, jnp.tri(CHUNK, k=-1).T)
-    dg = by_position(crossing + (x.through * d_through)[..., None, :])
+    x = prepare(q, k, g, index, v.shape, scale, correcting=False)
+    back = _prepared_walk.backward(x.R, x.E, None, x.P, do, x.through, d_final)
+    d = Prepared(
+        P=jnp.tril(meet(do, v)),
+        R=read_transposed(do, states),
+        E=read_transposed(v, back.d_states),
+        through=jnp.sum(back.d_states.astype(jnp.float32) * states, axis=-1),
+    )
+    dq, dk, dg = prepare_backward(q, k, g, index, scale, x, d)
     return dq, dk, back.dU, dg, back.d_state, None
-
-
-class _Prepared(NamedTuple):
-    """Of every chunk.
-
-    q, k, b        [b, hv, n, C, k] float32: scale Q, K and b
-    enter, leave   [b, hv, n, C, k] float32: the weights exp(b) and exp(b_C - b), where the document lets them be
-    R, E           [b, t, hv, k]
-    through        [b, hv, n, k] float32: exp(b_C), or 0 where a document starts
-    """
-
-    q: Array
-    k: Array
-    b: Array
-    enter: Array
-    leave: Array
-    R: Array
-    E: Array
-    through: Array
-
-
-def _prepare(q: Array, k: Array, g: Array, index: Array | None, scale: float) -> _Prepared:
-    dtype = q.dtype
-    q, k = (by_chunk(spread(x, g.shape[2]).astype(jnp.float32)) for x in (q, k))
-    b = _sums(by_chunk(g), jnp.tri(CHUNK).T)
-    last = b[..., -1:, :]
-    enter, leave, through = jnp.exp(b), jnp.exp(last - b), jnp.exp(last)[..., 0, :]
-    if index is not None:
-        # Without decay the weights are what documents leave of them.
-        seen = _scalar_decay.weights(None, index, g.shape)
-        enter, leave, through = enter * seen.enter[..., None], leave * seen.leave[..., None], through * seen.through
-    q = scale * q
-    R, E = (by_position(x).astype(dtype) for x in (enter * q, leave * k))
-    return _Prepared(q, k, b, enter, leave, R, E, through)
-
-
-def _sums(x: Array, which: Array) -> Array:
-    """[..., C, k]: the sums of x over the positions that `which` [from, to] says."""
-    return jnp.einsum("...ik,it->...tk", x, which, precision="highest")

@@ -20,6 +20,7 @@ then returns exactly v_t for k_t, whatever it held; the memory is stable while b
     S       S        [b, hv, k, v]    float32
 """
 
+import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -127,26 +128,28 @@ def _chunked(
     return chunked(*inputs, S, docs, scale=options["scale"], chunk_size=chunk_size)
 
 
-def _kernel_supports(arrays: Inputs, options: Options) -> str | None:
-    # Here, so that a program without kernels need not load Pallas.
-    from pallas_kernels.tpu import delta_rule as kernel
+def _kernel(platform: str, name: str, *, automatic: bool = True) -> Kernel:
+    """Of the module of this name, imported when it is first asked: a program without kernels need not load Pallas."""
 
-    return kernel.supports(*(arrays[name] for name in ("q", "k", "v", "beta", "g")))
+    def supports(arrays: Inputs, options: Options) -> str | None:
+        # On a GPU the size of a chunk is a part of the kernel.
+        size = {"chunk_size": options["chunk_size"]} if platform == "cuda" else {}
+        of_rule = (arrays[x] for x in ("q", "k", "v", "beta", "g"))
+        return importlib.import_module(name).supports(*of_rule, **size)
 
+    def call(
+        arrays: Inputs, S: MatrixState, docs: Documents | None, *, chunk_size: int | None, options: Options, **how: Any
+    ) -> tuple[Array, MatrixState]:
+        q, k, v, beta, g = (arrays[x] for x in ("q", "k", "v", "beta", "g"))
+        index = None
+        if docs is not None:
+            k, g = _scan.zero_at_padding(docs, k, g)
+            index = docs.index
+        how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
+        o, S = importlib.import_module(name).delta_rule(q, k, v, beta, g, S, index, **how)
+        return o if docs is None else _scan.zero_at_padding(docs, o)[0], S
 
-def _kernel(
-    arrays: Inputs, S: MatrixState, docs: Documents | None, *, chunk_size: int | None, options: Options, **how: Any
-) -> tuple[Array, MatrixState]:
-    from pallas_kernels.tpu import delta_rule as kernel
-
-    q, k, v, beta, g = (arrays[name] for name in ("q", "k", "v", "beta", "g"))
-    index = None
-    if docs is not None:
-        k, g = _scan.zero_at_padding(docs, k, g)
-        index = docs.index
-    how = {"scale": options["scale"], "chunk_size": chunk_size, **how}
-    o, S = kernel.delta_rule(q, k, v, beta, g, S, index, **how)
-    return o if docs is None else _scan.zero_at_padding(docs, o)[0], S
+    return Kernel(platform, supports, call, automatic)
 
 
 class DeltaSummary(NamedTuple):
@@ -204,7 +207,10 @@ DELTA_RULE = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked},
-    kernels={"pallas_tpu": Kernel("tpu", _kernel_supports, _kernel)},
+    kernels={
+        "pallas_tpu": _kernel("tpu", "pallas_kernels.tpu.delta_rule"),
+        "pallas_gpu": _kernel("cuda", "pallas_kernels.gpu.delta_rule", automatic=False),
+    },
     summarize=_summarize,
     combine=_combine,
     apply=_apply,

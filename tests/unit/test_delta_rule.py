@@ -156,3 +156,18 @@ def test_wrong_shapes_are_named(change, message):
     shapes = {"q": (2, 9, 2, 4), "k": (2, 9, 2, 4), "v": (2, 9, 4, 5), "beta": (2, 9, 4)} | change
     with pytest.raises(InputError, match=f"^delta_rule: {message}"):
         delta_rule(**{name: jnp.zeros(shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_kernel_for_gpus_is_taken_by_name_alone(decay):
+    of = jax.ShapeDtypeStruct
+    row, scalar = of((1, 100, 2, 32), jnp.bfloat16), of((1, 100, 2), jnp.float32)
+    g = {"none": None, "scalar": scalar, "channel": of(row.shape, jnp.float32)}[decay]
+
+    def has_kernel(backend: str) -> bool:
+        run = jax.jit(delta_rule, static_argnames="backend")
+        traced = run.trace(row, row, row, scalar, g, segment_ids=of((1, 100), jnp.int32), backend=backend)
+        return "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert has_kernel("pallas_gpu")
+    assert not has_kernel("auto")
