@@ -48,6 +48,7 @@ that begins a document leaves W_f, S_f in place of (7): backward, dW', dS' are t
     fresh.momentum  S_f        [h, k, v]      float32; None without eta
 """
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -101,8 +102,9 @@ def neural_memory(
     """Outputs [b, t, h, v] in v's dtype, the final weights and momentum, equation (1).
 
     t is a multiple of mini_batch. The first mini-batch starts from weights and momentum, whether or not it begins a
-    document; outputs where there is no token mean nothing. chunk_size: tokens between states that are kept for the
-    backward pass, rounded up to a multiple of 128; None is 128. interpret: as for `pallas_call`.
+    document. Outputs where there is no token mean nothing, and their cotangents are to be zero. chunk_size: tokens
+    between states that are kept for the backward pass, rounded up to a multiple of 128; None is 128. interpret: as for
+    `pallas_call`.
     """
     length, value_dim = v.shape[1], v.shape[3]
     plan = _grid(q, v, mini_batch, chunk_size or LANES, fresh is not None)
@@ -113,7 +115,7 @@ def neural_memory(
         _tiles.lay_out(v, plan, plan.value_dim),
         _pad_time(pairs, plan),
         _lay_out_rows(rows, plan),
-        None if fresh is None else _lay_out_starts(fresh.starts, mini_batch, plan),
+        None if fresh is None else _lay_out_marks(token, fresh.starts, mini_batch, plan),
     )
     start = _Memory(weights, momentum)
     if fresh is not None:
@@ -171,10 +173,12 @@ def _lay_out_rows(rows: dict[str, jax.Array], plan: Grid) -> jax.Array:
     return jnp.swapaxes(x, 1, 2).reshape(plan.rows, plan.heads // plan.step_heads, -1, plan.positions)
 
 
-def _lay_out_starts(starts: jax.Array, size: int, plan: Grid) -> jax.Array:
-    """-> [b, 1, positions] int32: whether the mini-batch after that of a position begins a document."""
-    ends = jnp.pad(starts[:, 1:].astype(jnp.int32), ((0, 0), (0, 1)))
-    return _pad_time(jnp.repeat(ends, size, axis=1), plan)[:, None]
+def _lay_out_marks(token: jax.Array | None, starts: jax.Array, size: int, plan: Grid) -> jax.Array:
+    """-> [b, 3, positions] float32: whether a position's mini-batch ends a document, whether it begins one; token."""
+    later = starts[:, 1:]
+    ends, starts = (jnp.repeat(jnp.pad(later, ((0, 0), side)), size, axis=1) for side in ((0, 1), (1, 0)))
+    token = jnp.ones_like(ends) if token is None else token
+    return _pad_time(jnp.stack([ends, starts, token], axis=1).astype(jnp.float32), plan)
 
 
 class _Memory(NamedTuple):
@@ -193,7 +197,7 @@ _NO_MEMORY = _Memory(None, None)
 class _Inputs(NamedTuple):
     """As the grid reads them: see `Specs`. pairs [b, h, c, t], rows [b, blocks of heads, kinds * heads, t].
 
-    ends [b, 1, t]: of documents, as `_lay_out_starts` gives them; None where a row is one document.
+    marks [b, 3, t]: see `_lay_out_marks`; None where a row is one document.
     """
 
     q: jax.Array
@@ -201,11 +205,14 @@ class _Inputs(NamedTuple):
     v: jax.Array
     pairs: jax.Array
     rows: jax.Array
-    ends: jax.Array | None
+    marks: jax.Array | None
 
     def with_specs(self, specs: Specs) -> dict[str, tuple[jax.Array | None, pl.BlockSpec]]:
-        blocks = (specs.keys(), specs.keys(), specs.values(), *self.coefficient_specs(specs), specs.index())
+        blocks = (specs.keys(), specs.keys(), specs.values(), *self.coefficient_specs(specs), self.marks_spec(specs))
         return dict(zip(self._fields, zip(self, blocks)))
+
+    def marks_spec(self, specs: Specs) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 3, specs.plan.block), lambda b, h, t: (b, 0, specs.block_at(t)))
 
     def coefficient_specs(self, specs: Specs) -> tuple[pl.BlockSpec, pl.BlockSpec]:
         plan = specs.plan
@@ -318,9 +325,7 @@ def _forward(
 
 def _forward_step(how: _How, refs: SimpleNamespace) -> None:
     plan, step = how.plan, pl.program_id(2)
-    dtype = refs.v.dtype
-    has_momentum = refs.S_initial is not None
-    states = ("W", "S") if has_momentum else ("W",)
+    states = ("W", "S") if refs.S_initial is not None else ("W",)
 
     @pl.when(step == 0)
     def _():
@@ -330,38 +335,58 @@ def _forward_step(how: _How, refs: SimpleNamespace) -> None:
     if refs.W_entered is not None:
         for name in states:
             getattr(refs, f"{name}_entered")[0, 0] = getattr(refs, name)[...]
-    same = _same_mini_batch(how.mini_batch)
-    heads = range(plan.step_heads)
-    for at in plan.chunks():
-        columns = _columns(refs, plan, at)
-        for here in how.mini_batches():
-            now = slice(at.start + here.start, at.start + here.stop)
-            xs = [_here(columns[head], here) for head in heads]
-            # The products of all heads come before what waits for them.
-            reads = [_read(how, refs, now, head) for head in heads]
-            for head, (x, (kW, qW, qS)) in enumerate(zip(xs, reads)):
-                v = refs.v[0, now, plan.value_lanes(head)]
-                D = how.factor * (kW - v.astype(jnp.float32))
-                refs.D[head, here] = D
-                refs.O[head, here] = _times(qW, x.b) + (0.0 if qS is None else _times(qS, x.f))
-            for head, x in enumerate(xs):
-                k, D = refs.k[0, now, plan.key_lanes(head)], refs.D[head, here]
-                gamma = _gamma(refs.pairs[0, head, :, at], here)
-                S = refs.S[head] if has_momentum else None
-                W, S = _written(refs.W[head], S, k, D.astype(dtype), gamma, x)
-                refs.W[head], S = _left(refs, now, head, W, S)
-                if has_momentum:
-                    refs.S[head] = S
-        for head in heads:
-            keys, values = plan.key_lanes(head), plan.value_lanes(head)
-            A = product_nt(refs.k[0, at, keys], refs.q[0, at, keys]) * _square(refs.pairs[0, head, :, at], same)
-            o = refs.O[head] - product_tn(A.astype(dtype), refs.D[head].astype(dtype))
-            refs.o[0, at, values] = o.astype(dtype)
+
+    @_where_used(refs)
+    def _():
+        for at in plan.chunks():
+            _tile_forward(how, refs, at)
 
     @pl.when(step == plan.blocks - 1)
     def _():
         for name in states:
             getattr(refs, f"{name}_final")[0] = getattr(refs, name)[...]
+
+
+def _where_used(refs: SimpleNamespace) -> Callable[[Callable[[], None]], None]:
+    """Runs a function where the step has a token or begins a document; the others, at a row's end, change nothing."""
+    if refs.marks is None:
+        return lambda body: body()
+    return pl.when(_is_used(refs))
+
+
+def _is_used(refs: SimpleNamespace) -> jax.Array:
+    return jnp.max(refs.marks[0]) > 0
+
+
+def _tile_forward(how: _How, refs: SimpleNamespace, at: slice) -> None:
+    plan, dtype = how.plan, refs.v.dtype
+    has_momentum = refs.S_initial is not None
+    heads = range(plan.step_heads)
+    same = _same_mini_batch(how.mini_batch)
+    columns = _columns(refs, plan, at)
+    for here in how.mini_batches():
+        now = slice(at.start + here.start, at.start + here.stop)
+        xs = [_here(columns[head], here) for head in heads]
+        # The products of all heads come before what waits for them.
+        reads = [_read(how, refs, now, head) for head in heads]
+        for head, (x, (kW, qW, qS)) in enumerate(zip(xs, reads)):
+            v = refs.v[0, now, plan.value_lanes(head)]
+            D = how.factor * (kW - v.astype(jnp.float32))
+            refs.D[head, here] = D
+            refs.O[head, here] = _times(qW, x.b) + (0.0 if qS is None else _times(qS, x.f))
+        for head, x in enumerate(xs):
+            k, D = refs.k[0, now, plan.key_lanes(head)], refs.D[head, here]
+            gamma = _gamma(refs.pairs[0, head, :, at], here)
+            S = refs.S[head] if has_momentum else None
+            W, S = _written(refs.W[head], S, k, D.astype(dtype), gamma, x)
+            refs.W[head], S = _left(refs, now, head, W, S)
+            if has_momentum:
+                refs.S[head] = S
+    for head in heads:
+        keys, values = plan.key_lanes(head), plan.value_lanes(head)
+        A = product_nt(refs.k[0, at, keys], refs.q[0, at, keys]) * _square(refs.pairs[0, head, :, at], same)
+        o = refs.O[head] - product_tn(A.astype(dtype), refs.D[head].astype(dtype))
+        refs.o[0, at, values] = o.astype(dtype)
 
 
 def _here(columns: _Columns, here: slice) -> _Columns:
@@ -393,15 +418,10 @@ def _left(
     refs: SimpleNamespace, now: slice, head: int, W: jax.Array, S: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """What the mini-batch after `now` starts from, where W and S are those of equation (7)."""
-    if refs.ends is None:
+    if refs.marks is None:
         return W, S
-    end = _ends(refs, now)
-    return jnp.where(end, refs.W_fresh[0, head], W), None if S is None else jnp.where(end, refs.S_fresh[0, head], S)
-
-
-def _ends(refs: SimpleNamespace, now: slice) -> jax.Array:
-    """[1, 1]: whether the mini-batch after `now` begins a document."""
-    return refs.ends[0, :, now.stop - 1 : now.stop] != 0
+    ends = refs.marks[0, :1, now.stop - 1 : now.stop] > 0
+    return jnp.where(ends, refs.W_fresh[0, head], W), None if S is None else jnp.where(ends, refs.S_fresh[0, head], S)
 
 
 # ----- backward -----------------------------------------------------------------------------------------------------
@@ -480,15 +500,24 @@ def _backward_step(how: _How, refs: SimpleNamespace) -> None:
     def _():
         for name in states:
             getattr(refs, f"d{name}")[...] = getattr(refs, f"d{name}_final")[0]
-            if refs.ends is not None:
+            if refs.marks is not None:
                 d_fresh = getattr(refs, f"d{name}_fresh")
                 d_fresh[...] = jnp.zeros_like(d_fresh)
 
-    same = _same_mini_batch(how.mini_batch)
-    columns = [_columns(refs, plan, at) for at in plan.chunks()]
-    _states_again(how, refs, columns)
-    for n, at in reversed(list(enumerate(plan.chunks()))):
-        _tile_backward(how, refs, n, at, columns[n], same)
+    @_where_used(refs)
+    def _():
+        same = _same_mini_batch(how.mini_batch)
+        columns = [_columns(refs, plan, at) for at in plan.chunks()]
+        _states_again(how, refs, columns)
+        for n, at in reversed(list(enumerate(plan.chunks()))):
+            _tile_backward(how, refs, n, at, columns[n], same)
+
+    if refs.marks is not None:
+
+        @pl.when(~_is_used(refs))
+        def _():
+            for gradient in (refs.dq, refs.dk, refs.dv, refs.dpairs, refs.drows, refs.dends):
+                gradient[...] = jnp.zeros_like(gradient)
 
     @pl.when(step == plan.blocks - 1)
     def _():
@@ -547,8 +576,6 @@ def _tile_backward(
     for here in reversed(how.mini_batches()):
         n = (tile * LANES + here.start) // size
         now = slice(at.start + here.start, at.start + here.stop)
-        if refs.ends is not None:
-            _hand_to_fresh(refs, now)
         products = [_state_products(how, refs, n, now, head) for head in range(plan.step_heads)]
         for head, x in enumerate(products):
             _mini_batch_backward(how, refs, n, now, here, head, _here(columns[head], here), x)
@@ -556,17 +583,6 @@ def _tile_backward(
         keys = plan.key_lanes(head)
         refs.dq[0, at, keys], refs.dk[0, at, keys] = (x[head].astype(dtype) for x in (refs.sum_dq, refs.sum_dk))
     refs.drows[0, 0, :, at] = jnp.transpose(refs.columns[...])[: refs.drows.shape[2]]
-
-
-def _hand_to_fresh(refs: SimpleNamespace, now: slice) -> None:
-    """Where the mini-batch after `now` begins a document, the cotangents of its state are those of the fresh one."""
-    end = _ends(refs, now)
-    for d_state, d_fresh in ((refs.dW, refs.dW_fresh), (refs.dS, refs.dS_fresh)):
-        if d_fresh is None:
-            continue
-        for head in range(d_state.shape[0]):
-            d_fresh[0, head] += jnp.where(end, d_state[head], 0.0)
-            d_state[head] = jnp.where(end, 0.0, d_state[head])
 
 
 class _StateProducts(NamedTuple):
@@ -620,9 +636,11 @@ def _mini_batch_backward(
     refs.sum_dq[head, here] += dq
     refs.sum_dk[head, here] += dk + product_nt(E, W.astype(dtype))
     read = jnp.concatenate([_times(N, x.b).astype(dtype), E], axis=0)
-    refs.dW[head] = product_tn(jnp.concatenate([q, k], axis=0), read) + _times(dW, x.b[-1:])
+    before = product_tn(jnp.concatenate([q, k], axis=0), read) + _times(dW, x.b[-1:])
+    refs.dW[head] = _handed_back(refs, now, head, before, refs.dW_fresh)
     if x.f is not None:
-        refs.dS[head] = product_tn(q, _times(N, x.f).astype(dtype)) + _times(dW, x.f[-1:]) + _times(dS, x.m[-1:])
+        before = product_tn(q, _times(N, x.f).astype(dtype)) + _times(dW, x.f[-1:]) + _times(dS, x.m[-1:])
+        refs.dS[head] = _handed_back(refs, now, head, before, refs.dS_fresh)
     # Gradients of the coefficients.
     lane = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 1)
     last = _sums(k, -DdW)
@@ -640,6 +658,15 @@ def _mini_batch_backward(
     for kind, y in enumerate(ends):
         row = n * len(ends) + kind
         refs.dends[0, 0, head, row : row + 1] = jnp.sum(y, axis=0, keepdims=True)
+
+
+def _handed_back(refs: SimpleNamespace, now: slice, head: int, d_state: jax.Array, d_fresh: Any) -> jax.Array:
+    """The cotangent of what the mini-batch before `now` leaves, d_state that of what `now` starts from."""
+    if refs.marks is None:
+        return d_state
+    starts = refs.marks[0, 1:2, now.start : now.start + 1] > 0
+    d_fresh[0, head] += jnp.where(starts, d_state, 0.0)
+    return jnp.where(starts, 0.0, d_state)
 
 
 def _sums(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -248,9 +248,7 @@ def memory_of_documents() -> Built:
 
     def run(q, k, v, theta, alpha, eta, W, S, token, starts):
         given = {"token": token, "fresh": kernel.Fresh(starts, W[0], S[0])}
-        return kernel.neural_memory(
-            q, k, v, theta, alpha, eta, W, S, mini_batch=mini_batch, loss_scale=1.0, **given
-        )
+        return kernel.neural_memory(q, k, v, theta, alpha, eta, W, S, mini_batch=mini_batch, loss_scale=1.0, **given)
 
     floats = [jax.ShapeDtypeStruct(shape, FLOAT32) for shape in (*(heads,) * 3, *(gates,) * 3, *(matrices,) * 2)]
     marks = [jax.ShapeDtypeStruct((SMALL.batch, SMALL.length // n), bool) for n in (1, mini_batch)]

@@ -334,9 +334,9 @@ def test_the_kernel_equals_the_recurrent_form(float64, without):
     assert_close(found, expected, "kernel")
 
 
-# A mini-batch that was begun is finished or ends with its document; a document of one token; padding; a row in which
-# nothing but that mini-batch goes on.
-PACKED = np.array([[1] * 30 + [2] + [0] * 2 + [3] * 39, [0] * 40 + [1] * 4 + [0] * 28])
+# Of 16 tokens a mini-batch, of which a step of the kernel has 8: one that was begun is finished; a document of one
+# token; padding; a document that begins with a step; a row in which nothing but the begun mini-batch goes on.
+PACKED = np.array([[1] * 30 + [2] + [0] * 2 + [3] * 49 + [4] * 70, [0] * 40 + [1] * 4 + [0] * 108])
 
 
 def begun(dtype, momentum: bool) -> tuple:
@@ -357,7 +357,7 @@ def begun(dtype, momentum: bool) -> tuple:
 def test_the_kernel_takes_documents_and_states(float64, segment_ids, without, goes_on):
     def arrays(dtype):
         state = {"state": begun(dtype, "eta" not in without)} if goes_on else {}
-        return {**of_one_matrix(dtype, **dict.fromkeys(without)), **state}
+        return {**of_one_matrix(dtype, PACKED.shape[1], **dict.fromkeys(without)), **state}
 
     how = {"segment_ids": segment_ids, "place": jnp.array([5, 9]) if goes_on else None}
     expected = outputs_and_gradients(arrays(np.float64), **how, form="recurrent")
