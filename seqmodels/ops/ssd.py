@@ -148,7 +148,7 @@ def _kernel(kernel: Kernel) -> Kernel:
         o, state = kernel.call(_as_linear_attention(arrays), state, docs, options=_options(options), **how)
         return _with_skip(o, arrays, docs), state
 
-    return Kernel(kernel.platform, supports, call, kernel.automatic)
+    return Kernel(kernel.platform, supports, call)
 
 
 def _with_skip(o: Array, arrays: Inputs, docs: Documents | None) -> Array:
