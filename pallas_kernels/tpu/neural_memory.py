@@ -229,10 +229,11 @@ def _lay_out_rows(rows: dict[str, jax.Array], plan: Grid) -> jax.Array:
 
 
 def _lay_out_marks(token: jax.Array | None, starts: jax.Array, size: int, plan: Grid) -> jax.Array:
-    """-> [b, 2, positions] float32: whether the mini-batch after that of a position begins a document; token."""
-    ends = jnp.repeat(jnp.pad(starts[:, 1:], ((0, 0), (0, 1))), size, axis=1)
+    """-> [b, 3, positions] float32: whether a position's mini-batch ends a document, whether it begins one; token."""
+    later = starts[:, 1:]
+    ends, starts = (jnp.repeat(jnp.pad(later, ((0, 0), side)), size, axis=1) for side in ((0, 1), (1, 0)))
     token = jnp.ones_like(ends) if token is None else token
-    return _pad_time(jnp.stack([ends, token], axis=1).astype(jnp.float32), plan)
+    return _pad_time(jnp.stack([ends, starts, token], axis=1).astype(jnp.float32), plan)
 
 
 class _Memory(NamedTuple):
@@ -251,7 +252,7 @@ _NO_MEMORY = _Memory(None, None)
 class _Inputs(NamedTuple):
     """As the grid reads them: see `Specs`. pairs [b, h, c, t], rows [b, blocks of heads, kinds * heads, t].
 
-    marks [b, 2, t]: see `_lay_out_marks`; None where a row is one document.
+    marks [b, 3, t]: see `_lay_out_marks`; None where a row is one document.
     """
 
     q: jax.Array
@@ -266,7 +267,7 @@ class _Inputs(NamedTuple):
         return dict(zip(self._fields, zip(self, blocks)))
 
     def marks_spec(self, specs: Specs) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 2, specs.plan.block), lambda b, h, t: (b, 0, specs.block_at(t)))
+        return pl.BlockSpec((1, 3, specs.plan.block), lambda b, h, t: (b, 0, specs.block_at(t)))
 
     def coefficient_specs(self, specs: Specs) -> tuple[pl.BlockSpec, pl.BlockSpec]:
         plan = specs.plan
@@ -474,13 +475,8 @@ def _left(
     """What the mini-batch after `now` starts from, where W and S are those of equation (7)."""
     if refs.marks is None:
         return W, S
-    end = _ends(refs, now)
-    return jnp.where(end, refs.W_fresh[0, head], W), None if S is None else jnp.where(end, refs.S_fresh[0, head], S)
-
-
-def _ends(refs: SimpleNamespace, now: slice) -> jax.Array:
-    """[1, 1]: whether the mini-batch after `now` begins a document."""
-    return refs.marks[0, :1, now.stop - 1 : now.stop] > 0
+    ends = refs.marks[0, :1, now.stop - 1 : now.stop] > 0
+    return jnp.where(ends, refs.W_fresh[0, head], W), None if S is None else jnp.where(ends, refs.S_fresh[0, head], S)
 
 
 # ----- backward -----------------------------------------------------------------------------------------------------
@@ -635,8 +631,6 @@ def _tile_backward(
     for here in reversed(how.mini_batches()):
         n = (tile * LANES + here.start) // size
         now = slice(at.start + here.start, at.start + here.stop)
-        if refs.marks is not None:
-            _hand_to_fresh(refs, now)
         products = [_state_products(how, refs, n, now, head) for head in range(plan.step_heads)]
         for head, x in enumerate(products):
             _mini_batch_backward(how, refs, n, now, here, head, _here(columns[head], here), x)
@@ -644,17 +638,6 @@ def _tile_backward(
         keys = plan.key_lanes(head)
         refs.dq[0, at, keys], refs.dk[0, at, keys] = (x[head].astype(dtype) for x in (refs.sum_dq, refs.sum_dk))
     refs.drows[0, 0, :, at] = jnp.transpose(refs.columns[...])[: refs.drows.shape[2]]
-
-
-def _hand_to_fresh(refs: SimpleNamespace, now: slice) -> None:
-    """Where the mini-batch after `now` begins a document, the cotangents of its state are those of the fresh one."""
-    end = _ends(refs, now)
-    for d_state, d_fresh in ((refs.dW, refs.dW_fresh), (refs.dS, refs.dS_fresh)):
-        if d_fresh is None:
-            continue
-        for head in range(d_state.shape[0]):
-            d_fresh[0, head] += jnp.where(end, d_state[head], 0.0)
-            d_state[head] = jnp.where(end, 0.0, d_state[head])
 
 
 class _StateProducts(NamedTuple):
@@ -708,9 +691,11 @@ def _mini_batch_backward(
     refs.sum_dq[head, here] += dq
     refs.sum_dk[head, here] += dk + product_nt(E, W.astype(dtype))
     read = jnp.concatenate([_times(N, x.b).astype(dtype), E], axis=0)
-    refs.dW[head] = product_tn(jnp.concatenate([q, k], axis=0), read) + _times(dW, x.b[-1:])
+    before = product_tn(jnp.concatenate([q, k], axis=0), read) + _times(dW, x.b[-1:])
+    refs.dW[head] = _handed_back(refs, now, head, before, refs.dW_fresh)
     if x.f is not None:
-        refs.dS[head] = product_tn(q, _times(N, x.f).astype(dtype)) + _times(dW, x.f[-1:]) + _times(dS, x.m[-1:])
+        before = product_tn(q, _times(N, x.f).astype(dtype)) + _times(dW, x.f[-1:]) + _times(dS, x.m[-1:])
+        refs.dS[head] = _handed_back(refs, now, head, before, refs.dS_fresh)
     # Gradients of the coefficients.
     lane = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 1)
     last = _sums(k, -DdW)
@@ -728,6 +713,15 @@ def _mini_batch_backward(
     for kind, y in enumerate(ends):
         row = n * len(ends) + kind
         refs.dends[0, 0, head, row : row + 1] = jnp.sum(y, axis=0, keepdims=True)
+
+
+def _handed_back(refs: SimpleNamespace, now: slice, head: int, d_state: jax.Array, d_fresh: Any) -> jax.Array:
+    """The cotangent of what the mini-batch before `now` leaves, d_state that of what `now` starts from."""
+    if refs.marks is None:
+        return d_state
+    starts = refs.marks[0, 1:2, now.start : now.start + 1] > 0
+    d_fresh[0, head] += jnp.where(starts, d_state, 0.0)
+    return jnp.where(starts, 0.0, d_state)
 
 
 def _sums(x: jax.Array, y: jax.Array) -> jax.Array:
