@@ -625,7 +625,7 @@ def test_default_gpu_suite():
     assert {(work.length, work.key_dim, work.value_dim) for work in works} == {
         (length, width, width) for length in (2048, 8192, 32768) for width in (64, 128)
     }
-    assert {work.op for work in works} == {"linear_attention", "ssd"}
+    assert {work.op for work in works} == {"linear_attention", "delta_rule", "ssd"}
 
 
 def test_kernels_of_mamba_are_imported_without_the_package_around_them(tmp_path, monkeypatch):
