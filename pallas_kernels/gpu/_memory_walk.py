@@ -255,13 +255,13 @@ def _walk(
         n = len(given)
         return Walked(dict(zip(given, x)), tuple(x[n : n + count]), tuple(x[n + count :]))
 
-    def body(*refs):
+    def memory_walk(*refs):
         n, m = len(inputs), len(inputs) + count
         made, used = refs[m : m + len(outputs)], refs[m + len(outputs) :]
         kernel(dict(zip(inputs, refs)), refs[n:m], *split(made), SimpleNamespace(**dict(zip(scratch, used))))
 
     run = plgpu.kernel(
-        body,
+        memory_walk,
         out_type=outputs,
         scratch_types=list(scratch.values()),
         grid=(batch * heads, value_channels // TILE),

@@ -257,13 +257,13 @@ def _walk(
     }
     outputs = [jax.ShapeDtypeStruct(*types[name]) for name in wanted]
 
-    def body(*refs):
+    def prepared_walk(*refs):
         count = len(inputs)
         made, used = refs[count + 1 : count + 1 + len(wanted)], refs[count + 1 + len(wanted) :]
         kernel(dict(zip(inputs, refs)), refs[count], dict(zip(wanted, made)), dict(zip(scratch, used)))
 
     run = plgpu.kernel(
-        body,
+        prepared_walk,
         out_type=outputs,
         scratch_types=list(scratch.values()),
         grid=(batch * heads, value_channels // TILE),

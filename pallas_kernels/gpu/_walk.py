@@ -283,13 +283,13 @@ def walk(
     names = [name for name in Walked._fields if name in wanted]
     keys = list(inputs)
 
-    def body(*refs):
+    def linear_attention_walk(*refs):
         given, made, used = refs[: len(keys)], refs[len(keys) : len(keys) + len(names)], refs[len(keys) + len(names) :]
         kernel(dict(zip(keys, given)), Walked(**dict(zip(names, made))), dict(zip(scratch, used)))
 
     outputs = [jax.ShapeDtypeStruct(*getattr(types, name)) for name in names]
     run = plgpu.kernel(
-        body,
+        linear_attention_walk,
         out_type=outputs,
         scratch_types=list(scratch.values()),
         grid=(batch * heads, segments, tiles // groups),

@@ -249,14 +249,14 @@ def walk_back(
         states=jax.ShapeDtypeStruct((batch, heads, max(spans - 1, 1), channels, channels), dtype),
     )
 
-    def body(*refs):
+    def linear_attention_walk_back(*refs):
         made, used = refs[6 : 6 + len(names)], refs[6 + len(names) :]
         outputs = KeyValueGradients(**dict(zip(names, made)))
         kernel(dict(zip(inputs, refs)), refs[4], refs[5], outputs, dict(zip(scratch, used)))
 
     outputs = [getattr(types, name) for name in names]
     run = plgpu.kernel(
-        body,
+        linear_attention_walk_back,
         out_type=outputs,
         scratch_types=list(scratch.values()),
         grid=(batch * heads, segments),

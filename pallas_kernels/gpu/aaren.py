@@ -504,12 +504,12 @@ def _walk(
         outputs["z"] = jax.ShapeDtypeStruct((batch, heads, segments, tiles), jnp.float32)
     scratch |= staged | stored | {"loaded": plgpu.Barrier(num_arrivals=len(staged), num_barriers=STAGES)}
 
-    def body(*refs):
+    def aaren_walk(*refs):
         given, made, used = refs[: len(inputs)], refs[len(inputs) : -len(scratch)], refs[-len(scratch) :]
         kernel(dict(zip(inputs, given)), dict(zip(outputs, made)), dict(zip(scratch, used)))
 
     run = plgpu.kernel(
-        body,
+        aaren_walk,
         out_type=list(outputs.values()),
         scratch_types=list(scratch.values()),
         grid=(batch * heads, segments, tiles),

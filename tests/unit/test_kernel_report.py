@@ -19,7 +19,7 @@ from seqmodels.tools.compile_check.hlo import Module
 from seqmodels.tools.kernel_report import __main__ as kernel_report
 from seqmodels.tools.kernel_report import cases, figures, hopper, llo, report
 from seqmodels.tools.kernel_report.pallas_calls import operations, pallas_calls
-from seqmodels.tools.kernel_report.processes import compile_all
+from seqmodels.tools.kernel_report.processes import compile_all, compile_on_hopper
 from seqmodels.tools.kernel_report.programs import FunctionRequest, array_bytes, build
 from seqmodels.tools.kernel_report.worker import TOPOLOGIES
 from tests.hopper import needs_cuda_compiler
@@ -768,6 +768,28 @@ def test_blocks_of_a_multiprocessor(registers, shared_memory, threads, blocks):
 def test_every_operator_with_a_kernel_for_gpus_is_a_case():
     reported = {case.partition(",")[0] for case in cases.CASES}
     assert {name for name, op in ops().items() if cases.GPU_KERNEL in op.kernels} <= reported
+
+
+# Bytes of registers that a thread stores and loads, in all its code; those of linear attention are bounded in
+# test_gpu_kernels. The memory's two states of 128 x 64 take all registers.
+SPILLS = {
+    "linear_attention, decay per channel": 0,
+    "delta_rule, scalar decay": 0,
+    "delta_rule, decay per channel": 0,
+    "aaren": 0,
+    "neural_memory, a matrix": 1200,
+}
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize("case", SPILLS)
+def test_registers_and_shared_memory_of_kernels_for_gpus(case):
+    request_ = cases.Request(case, "both", cases.GPU_KERNEL, cases.size(512, 128, 2, 128))
+    found = compile_on_hopper(request_)
+    assert len(found["kernels"]) == 2, found
+    for kernel in found["kernels"]:
+        assert kernel["spills"] <= SPILLS[case], kernel
+        assert kernel["shared_memory"] <= hopper.SHARED_MEMORY and kernel["blocks"] >= 1, kernel
 
 
 @needs_cuda_compiler
