@@ -24,7 +24,7 @@ from seqmodels.errors import InputError
 from seqmodels.ops._op import SeqOp
 from seqmodels.tools.compile_check.chips import target
 from seqmodels.tools.kernel_report.cases import CASES, KERNEL, Request, size
-from seqmodels.tools.kernel_report.programs import Built, backward
+from seqmodels.tools.kernel_report.programs import Built, build
 from seqmodels.tools.kernel_report.worker import TOPOLOGIES
 from tests.conformance.cases import BFLOAT16, FLOAT32, RECURRENT, OpCase, Outcome, Span
 from tests.conformance.compare import assert_close, cast
@@ -207,17 +207,17 @@ SMALL, WHOLE_STEPS = size(512, 256, 2, 128), size(65536, 4096, 16, 128)
 def programs() -> list:
     """Every kernel, forward and backward, in both dtypes: at a small size, and in steps as large as they get.
 
-    The backward program has the forward kernel in it: alone that is left to `pytest -m slow`.
+    In a forward pass alone kernels keep nothing for the gradients: that is left to `pytest -m slow`.
     """
     names = {op.name for op in with_kernels()}
     return [
         pytest.param(
             Request(name, direction, KERNEL, shape, dtype),
-            marks=[] if shape == SMALL and direction == "backward" else [pytest.mark.slow],
+            marks=[] if shape == SMALL and direction == "both" else [pytest.mark.slow],
             id=f"{name}, {direction}, {dtype}, {shape.length}",
         )
         for name, direction, dtype, shape in itertools.product(
-            CASES, ("forward", "backward"), ("bf16", "f32"), (SMALL, WHOLE_STEPS)
+            CASES, ("forward", "both"), ("bf16", "f32"), (SMALL, WHOLE_STEPS)
         )
         if name.split(",")[0] in names
     ]
@@ -252,7 +252,7 @@ def memory_of_documents() -> Built:
 
     floats = [jax.ShapeDtypeStruct(shape, FLOAT32) for shape in (*(heads,) * 3, *(gates,) * 3, *(matrices,) * 2)]
     marks = [jax.ShapeDtypeStruct((SMALL.batch, SMALL.length // n), bool) for n in (1, mini_batch)]
-    return backward(run, [*floats, *marks])
+    return build(run, [*floats, *marks], "both")
 
 
 @needs_tpu_compiler
@@ -262,11 +262,11 @@ def test_a_memory_of_documents_compiles_for_every_generation(generation):
     assert "tpu_custom_call" in compiled_for(generation, memory_of_documents)
 
 
-def compiled_for(generation: str, build: Callable[[], Built]) -> str:
+def compiled_for(generation: str, make: Callable[[], Built]) -> str:
     """The program's text."""
     mesh = jax.sharding.Mesh(target(TOPOLOGIES[generation]).devices[:1], ("device",))
     with jax.set_mesh(mesh):
-        built = build()
+        built = make()
         replicated = NamedSharding(mesh, PartitionSpec())
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated) for x in built.arguments]
         program = jax.jit(built.function).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
