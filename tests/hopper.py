@@ -1,23 +1,30 @@
 """An H100 for kernels: the one of this machine, or the compiler for one and an interpreter, which need no GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import _memory_walk, _prepared_walk, _walk, _walk_back, aaren
 from seqmodels.tools.kernel_report.hopper import SHARED_MEMORY, compile_for_hopper, has_compiler, kernels_for_hopper
 
 __all__ = [
     "SHARED_MEMORY",
     "compile_for_hopper",
+    "in_float64",
     "kernels_for_hopper",
     "needs_cuda_compiler",
     "on_gpu_or_interpreted",
+    "results_and_gradients",
 ]
+
+WITH_KERNELS = (_memory_walk, _prepared_walk, _walk, _walk_back, aaren)
 
 needs_cuda_compiler = pytest.mark.skipif(
     not has_compiler(),
@@ -62,5 +69,31 @@ def on_gpu_or_interpreted() -> Iterator[None]:
         pytest.skip(f"no GPU, and jax {jax.__version__} has no interpreter for GPU kernels: it came with jax 0.11")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plgpu, "wgmma", wgmma_in_interpreter(plgpu.wgmma))
+        for module in WITH_KERNELS:
+            # The interpreter's effects are ordered, which jit has to see.
+            patch.setattr(module, "late", lambda kernel, outputs: kernel)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
+
+
+def results_and_gradients(function: Callable[..., tuple], inputs: Sequence[jax.Array | None]) -> tuple:
+    """What `function` gives, and the gradients of its inputs for cotangents that do not depend on what is compared."""
+
+    @jax.jit
+    def both(*inputs):
+        results, pullback = jax.vjp(function, *inputs)
+        random = np.random.default_rng(1)
+        cotangents = tuple(
+            jnp.asarray(random.normal(size=x.shape), jnp.bfloat16 if n == 0 else jnp.float32).astype(x.dtype)
+            for n, x in enumerate(results)
+        )
+        return *results, *pullback(cotangents)
+
+    return tuple(x if x is None else np.asarray(x, np.float64) for x in both(*inputs))
+
+
+def in_float64(function: Callable[..., tuple], inputs: Sequence[jax.Array | None]) -> tuple:
+    """The same in float64, on the CPU."""
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        exact = [x if x is None else jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
+        return results_and_gradients(function, exact)

@@ -1,7 +1,6 @@
 """The kernel of Aaren for Hopper GPUs: lowered and compiled without one; in Pallas' interpreter or on a GPU it computes
 what the recurrence does in float64."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,13 @@ from jax import lax
 
 from pallas_kernels.gpu import aaren as kernels
 from pallas_kernels.gpu.aaren import aaren, supports
-from tests.hopper import compile_for_hopper, needs_cuda_compiler, on_gpu_or_interpreted
+from tests.hopper import (
+    compile_for_hopper,
+    in_float64,
+    needs_cuda_compiler,
+    on_gpu_or_interpreted,
+    results_and_gradients,
+)
 
 BFLOAT16 = float(jnp.finfo(jnp.bfloat16).eps)
 INPUTS = ("k", "v", "query", "m", "u", "w")
@@ -131,29 +136,14 @@ def definition(k, v, query, m, u, w, index, real, scale):
     return jnp.swapaxes(o, 0, 1), *state
 
 
-def results_and_gradients(function, arrays) -> dict:
-    *inputs, index, real = arrays
-    found, pull_back = jax.vjp(lambda *inputs: function(*inputs, index, real), *inputs)
-    # Cotangents that do not depend on what is compared, in the dtypes of the results.
-    random = np.random.default_rng(1)
-    cotangents = tuple(
-        jnp.asarray(random.normal(size=x.shape), jnp.bfloat16 if n == 0 else jnp.float32).astype(x.dtype)
-        for n, x in enumerate(found)
-    )
-    return dict(zip((*RESULTS, *INPUTS), (*found, *pull_back(cotangents))))
-
-
 def errors(case: Case, given: tuple | None = None) -> dict[str, float]:
     """Of the kernel against the definition in float64; `given` is what the definition gets, by default the same."""
-    arrays = case.arrays()
+    *inputs, index, real = arrays = case.arrays()
     with on_gpu_or_interpreted():
-        got = results_and_gradients(partial(results, scale=case.scale), arrays)
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        *inputs, index, real = arrays if given is None else given
-        exact = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
-        exactly = jax.jit(partial(results_and_gradients, partial(definition, scale=case.scale)))
-        expected = exactly((*exact, index, real))
-        expected = {name: np.asarray(x, np.float64) for name, x in expected.items()}
+        found = results_and_gradients(lambda *inputs: results(*inputs, index, real, scale=case.scale), inputs)
+    *inputs, index, real = arrays if given is None else given
+    expected = in_float64(lambda *inputs: definition(*inputs, index, real, case.scale), inputs)
+    got, expected = (dict(zip((*RESULTS, *INPUTS), x, strict=True)) for x in (found, expected))
     # Where a state has no weight left its gradients underflow in float32.
     sizes = {name: max(np.linalg.norm(x), 1e-6) for name, x in expected.items()}
     # The gradients of m and u are single numbers, sums over channels of which most may cancel: beside their terms.
@@ -161,7 +151,7 @@ def errors(case: Case, given: tuple | None = None) -> dict[str, float]:
     terms = np.sqrt(np.sum((w * expected["w"]) ** 2, axis=-1))
     sizes["m"] = max(sizes["m"], np.linalg.norm(terms))
     sizes["u"] = max(sizes["u"], np.linalg.norm(terms / np.maximum(u, 1)))
-    return {name: np.linalg.norm(np.asarray(got[name], np.float64) - x) / sizes[name] for name, x in expected.items()}
+    return {name: np.linalg.norm(got[name] - x) / sizes[name] for name, x in expected.items()}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Decay per channel on Hopper GPUs: it is lowered and compiled without one, and computes in Pallas' interpreter or,
 where JAX sees one (JAX_PLATFORMS=cpu,cuda), on a GPU."""
 
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels.gpu import _channel_scores, _prepared_walk
+from pallas_kernels.gpu import _channel_scores
 from pallas_kernels.gpu.channel_decay import channel_decay, supports
-from tests.hopper import compile_for_hopper, needs_cuda_compiler, on_gpu_or_interpreted
+from tests.hopper import (
+    compile_for_hopper,
+    in_float64,
+    needs_cuda_compiler,
+    on_gpu_or_interpreted,
+    results_and_gradients,
+)
 
 NAMES = ("o", "final state", "q", "k", "v", "g", "state")
 # Of the norm of the difference to that of the reference: factors, pairs, states and results are rounded to bfloat16,
@@ -103,28 +109,10 @@ def definition(q, k, v, g, state, index):
     return jnp.swapaxes(o, 0, 1), state
 
 
-@partial(jax.jit, static_argnums=0)
-def results_and_gradients(function, arrays, cotangents) -> tuple:
-    *inputs, index = arrays
-    results, pullback = jax.vjp(lambda *inputs: function(*inputs, index), *inputs)
-    return *results, *pullback(tuple(y.astype(x.dtype) for x, y in zip(results, cotangents)))
-
-
-def cotangents(arrays: tuple) -> tuple:
-    """Of o and the final state: they do not depend on what is compared."""
-    random, (v, state) = np.random.default_rng(1), (arrays[2], arrays[4])
-    return jnp.asarray(random.normal(size=v.shape), v.dtype), jnp.asarray(random.normal(size=state.shape), state.dtype)
-
-
-def named(results: tuple) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x, np.float64) for name, x in zip(NAMES, results)}
-
-
 def computed(arrays: tuple) -> dict[str, np.ndarray]:
-    with on_gpu_or_interpreted(), pytest.MonkeyPatch.context() as patch:
-        # The interpreter's effects are ordered, which jit has to see.
-        patch.setattr(_prepared_walk, "late", lambda kernel, outputs: kernel)
-        return named(results_and_gradients(forward, arrays, cotangents(arrays)))
+    *inputs, index = arrays
+    with on_gpu_or_interpreted():
+        return dict(zip(NAMES, results_and_gradients(lambda *inputs: forward(*inputs, index), inputs), strict=True))
 
 
 @cache
@@ -134,12 +122,8 @@ def computed_of(case: Case) -> dict[str, np.ndarray]:
 
 def expected(arrays: tuple) -> dict[str, np.ndarray]:
     """By the definition in float64."""
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        given = jax.tree.map(
-            lambda x: jnp.asarray(np.asarray(x, np.int32 if x.dtype == jnp.int32 else np.float64)),
-            (arrays, cotangents(arrays)),
-        )
-        return named(results_and_gradients(definition, *given))
+    *inputs, index = arrays
+    return dict(zip(NAMES, in_float64(lambda *inputs: definition(*inputs, index), inputs), strict=True))
 
 
 def errors(got: dict, right: dict) -> dict[str, float]:

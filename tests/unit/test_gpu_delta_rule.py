@@ -11,7 +11,13 @@ from jax import lax
 
 from pallas_kernels.gpu._channel_scores import GROUP
 from pallas_kernels.gpu.delta_rule import delta_rule, supports
-from tests.hopper import compile_for_hopper, needs_cuda_compiler, on_gpu_or_interpreted
+from tests.hopper import (
+    compile_for_hopper,
+    in_float64,
+    needs_cuda_compiler,
+    on_gpu_or_interpreted,
+    results_and_gradients,
+)
 
 NAMES = ("o", "final state", "q", "k", "v", "beta", "g", "state")
 # Of the norm of the difference to that of the reference. Rows, pairs, states and results are rounded to bfloat16, each
@@ -125,34 +131,19 @@ def definition(q, k, v, beta, g, state, index, scale):
     return jnp.swapaxes(o, 0, 1), state
 
 
-def results_and_gradients(function, arrays) -> dict:
-    *inputs, index = arrays
-    results, pullback = jax.vjp(lambda *inputs: function(*inputs, index), *inputs)
-    # Cotangents that do not depend on what is compared, in the dtypes of the results.
-    random = np.random.default_rng(1)
-    cotangents = tuple(
-        jnp.asarray(random.normal(size=x.shape), jnp.bfloat16 if n == 0 else jnp.float32).astype(x.dtype)
-        for n, x in enumerate(results)
-    )
-    return dict(zip(NAMES, (*results, *pullback(cotangents))))
-
-
 def errors(case: Case, arrays: tuple | None = None) -> dict[str, float]:
     """Of the kernel against the definition in float64; `arrays` are what the definition gets, by default the same."""
-    given = case.arrays()
+    *inputs, index = case.arrays()
     with on_gpu_or_interpreted():
-        got = results_and_gradients(forward, given)
-        got = {name: None if x is None else np.asarray(x, np.float64) for name, x in got.items()}
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        exact = [
-            x if x is None or x.dtype == jnp.int32 else jnp.asarray(np.asarray(x, np.float64))
-            for x in (given if arrays is None else arrays)
-        ]
-        scale = case.key_channels**-0.5
-        expected = results_and_gradients(jax.jit(lambda *x: definition(*x, scale)), exact)
-        expected = {name: x if x is None else np.asarray(x, np.float64) for name, x in expected.items()}
-    assert all(np.isfinite(x).all() for x in got.values() if x is not None)
-    return {name: np.linalg.norm(got[name] - x) / np.linalg.norm(x) for name, x in expected.items() if x is not None}
+        found = results_and_gradients(lambda *inputs: forward(*inputs, index), inputs)
+    *inputs, index = case.arrays() if arrays is None else arrays
+    expected = in_float64(lambda *inputs: definition(*inputs, index, case.key_channels**-0.5), inputs)
+    assert all(np.isfinite(x).all() for x in found if x is not None)
+    return {
+        name: np.linalg.norm(x - y) / np.linalg.norm(y)
+        for name, x, y in zip(NAMES, found, expected, strict=True)
+        if y is not None
+    }
 
 
 @pytest.mark.parametrize(
