@@ -16,17 +16,24 @@ LARGEST_BLOCK = 512
 
 def supports(arrays: Inputs, options: Options) -> str | None:
     """Why splash attention cannot compute this, or None."""
+    if reason := not_from_the_start(arrays, options):
+        return reason
     q, k, v = (arrays[name] for name in "qkv")
+    if q.shape[1] % LANES:
+        return f"the length is {q.shape[1]}; expected a multiple of {LANES}"
+    if not {x.dtype for x in (q, k, v)} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
+        return f"q is {q.dtype}; expected float32 or bfloat16"
+    return None
+
+
+def not_from_the_start(arrays: Inputs, options: Options) -> str | None:
+    """What a span reads beside its own tokens, or None."""
     if not options.get("fresh", False):
         return "a cache came in; expected none"
     if arrays.get("prefix_k") is not None:
         return "prefix_k came in; expected none"
     if options.get("sinks", 0):
         return f"sinks={options['sinks']}; expected 0"
-    if q.shape[1] % LANES:
-        return f"the length is {q.shape[1]}; expected a multiple of {LANES}"
-    if not {x.dtype for x in (q, k, v)} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
-        return f"q is {q.dtype}; expected float32 or bfloat16"
     return None
 
 

@@ -11,7 +11,7 @@ the whole document and the prefix, with a window over |t - j| < window.
 Attention: Vaswani et al. 2017, arXiv 1706.03762. Grouped heads: Ainslie et al. 2023, arXiv 2305.13245. Sinks:
 Xiao et al. 2023, arXiv 2309.17453. Prefix: Sukhbaatar et al. 2019, arXiv 1907.01470. The chunked form
 (_blockwise_attention.py) takes memory linear in the length, and with a window time too. On TPU splash attention
-computes it where it can (_splash_attention.py).
+computes it where it can (_splash_attention.py), on NVIDIA GPUs cuDNN where it is asked for (_cudnn_attention.py).
 
     code    shape           dtype         meaning
     q       [b, t, h, k]    any float     queries; query head i reads key head i // (h // hk)
@@ -26,9 +26,10 @@ computes it where it can (_splash_attention.py).
 Positions enter through the mask alone; layers that rotate queries and keys do so before.
 """
 
+import functools
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from jaxtyping import Float
 
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
-from seqmodels.ops import _dispatch, _scan, _splash_attention
+from seqmodels.ops import _cudnn_attention, _dispatch, _scan, _splash_attention
 from seqmodels.ops._blockwise_attention import IN_FRONT, Reach, blockwise_attention, product, reach, sees
 from seqmodels.ops._kv_cache import KVCache, append, emptied, empty_cache, enlarged
 from seqmodels.ops._op import Across, Example, Inputs, Kernel, Options, SeqOp
@@ -341,15 +342,16 @@ def _whole(
     return o.reshape(*q.shape[:3], -1)
 
 
-def _splash(
+def _by_library(
     arrays: Inputs,
     cache: KVCache,
     docs: Documents | None,
     chunk_size: int | None,
     options: Options,
-    interpret: bool = False,
+    attend: Callable[..., Array],
+    **how: Any,
 ) -> tuple[Array, KVCache]:
-    o = _splash_attention.attend(arrays, docs, chunk_size, options, interpret)
+    o = attend(arrays, docs, chunk_size, options, **how)
     if docs is not None:
         o = jnp.where(docs.real[..., None, None], o, 0)
     query = reach(cache.length, docs, o.shape[1])
@@ -490,7 +492,18 @@ SOFTMAX_ATTENTION = SeqOp(
     step=_step,
     initial_state=_initial_state,
     forms={"chunked": _chunked, "parallel": _parallel},
-    kernels={"pallas_tpu": Kernel("tpu", _splash_attention.supports, _splash)},
+    kernels={
+        "pallas_tpu": Kernel(
+            "tpu", _splash_attention.supports, functools.partial(_by_library, attend=_splash_attention.attend)
+        ),
+        # It has not run yet.
+        "cudnn": Kernel(
+            "cuda",
+            _cudnn_attention.supports,
+            functools.partial(_by_library, attend=_cudnn_attention.attend),
+            automatic=False,
+        ),
+    },
     summarize=_summarize,
     combine=_combine,
     apply=_apply,
