@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from seqmodels.errors import InputError
 from seqmodels.layers import TTT, TitansMemory
@@ -289,10 +290,10 @@ def test_bad_fields(layer, message):
         layer.init(jax.random.key(0), jnp.zeros((1, 2, layer.d_model)))
 
 
-def by_kernel():
+def by_kernel(how=True):
     """The operator with its TPU kernel interpreted."""
     kernel = NEURAL_MEMORY.kernels["pallas_tpu"]
-    kernel = dataclasses.replace(kernel, call=functools.partial(kernel.call, interpret=True))
+    kernel = dataclasses.replace(kernel, call=functools.partial(kernel.call, interpret=how))
     return described_by(dataclasses.replace(NEURAL_MEMORY, kernels={"pallas_tpu": kernel}))
 
 
@@ -364,6 +365,30 @@ def test_the_kernel_takes_documents_and_states(float64, segment_ids, without, go
     with by_kernel():
         found = outputs_and_gradients(arrays(np.float32), **how, backend="pallas_tpu")
     assert_close(found, expected, "kernel")
+
+
+def test_the_kernel_as_a_tpu_would_run_it():
+    """Copies and steps of the grid in any order that a TPU may take; memory that nobody wrote is NaN."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    interpreter.reset_tpu_interpret_mode_state()
+    arrays, found = of_one_matrix(np.float32), []
+    for how in (pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise"), True):
+        with by_kernel(how):
+            found.append(outputs_and_gradients(arrays, segment_ids=PACKED[:, :72], backend="pallas_tpu"))
+    assert not interpreter.races.races_found
+    assert_close(*found, "jit")
+
+
+def test_a_second_derivative_of_the_kernel_is_an_error():
+    arrays = of_one_matrix(np.float32, 16)
+
+    def loss(v):
+        with by_kernel():
+            return jnp.sum(neural_memory(**{**arrays, "v": v}, mini_batch=16, backend="pallas_tpu")[0])
+
+    with pytest.raises(NotImplementedError, match=r"can be differentiated once.*backend='xla'"):
+        jax.grad(lambda v: jnp.sum(jax.grad(loss)(v) ** 2))(arrays["v"])
 
 
 @pytest.mark.parametrize("without", [(), ("alpha", "eta", "momentum")], ids=str)
