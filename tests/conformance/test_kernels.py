@@ -202,18 +202,20 @@ def test_a_kernel_says_what_it_declines():
 # ----- compiled -----------------------------------------------------------------------------------------------------
 
 SMALL, WHOLE_STEPS = size(512, 256, 2, 128), size(65536, 4096, 16, 128)
+# Parts of the kernels of other cases.
+PARTS = ("linear_attention, no decay", "delta_rule, no decay", "ssd, one group")
 
 
 def programs() -> list:
     """Every kernel, forward and backward, in both dtypes: at a small size, and in steps as large as they get.
 
-    In a forward pass alone kernels keep nothing for the gradients: that is left to `pytest -m slow`.
+    In a forward pass alone kernels keep nothing for the gradients: that is left to `pytest -m slow`, and so is `PARTS`.
     """
     names = {op.name for op in with_kernels()}
     return [
         pytest.param(
             Request(name, direction, KERNEL, shape, dtype),
-            marks=[] if shape == SMALL and direction == "both" else [pytest.mark.slow],
+            marks=[] if shape == SMALL and direction == "both" and name not in PARTS else [pytest.mark.slow],
             id=f"{name}, {direction}, {dtype}, {shape.length}",
         )
         for name, direction, dtype, shape in itertools.product(
@@ -257,7 +259,9 @@ def memory_of_documents() -> Built:
 
 @needs_tpu_compiler
 @pytest.mark.usefixtures("nothing_kept")
-@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "generation", ["v5e", *(pytest.param(x, marks=pytest.mark.slow) for x in TOPOLOGIES if x != "v5e")]
+)
 def test_a_memory_of_documents_compiles_for_every_generation(generation):
     assert "tpu_custom_call" in compiled_for(generation, memory_of_documents)
 
