@@ -782,7 +782,13 @@ SPILLS = {
 
 
 @needs_cuda_compiler
-@pytest.mark.parametrize("case", SPILLS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] if x in ("delta_rule, scalar decay", "aaren") else [])
+        for x in SPILLS
+    ],
+)
 def test_registers_and_shared_memory_of_kernels_for_gpus(case):
     request_ = cases.Request(case, "both", cases.GPU_KERNEL, cases.size(512, 128, 2, 128))
     found = compile_on_hopper(request_)
