@@ -17,6 +17,7 @@ from seqmodels.tools.kernel_report.hopper import SHARED_MEMORY, compile_for_hopp
 __all__ = [
     "SHARED_MEMORY",
     "compile_for_hopper",
+    "errors_against",
     "in_float64",
     "kernels_for_hopper",
     "needs_cuda_compiler",
@@ -97,3 +98,20 @@ def in_float64(function: Callable[..., tuple], inputs: Sequence[jax.Array | None
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         exact = [x if x is None else jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
         return results_and_gradients(function, exact)
+
+
+def errors_against(definition: Callable, kernel: Callable, arrays: tuple, exact: tuple | None = None) -> list[float]:
+    """Of a kernel's results and gradients: the norm of the difference to the definition's, over the norm of these.
+
+    The last of the arrays has no gradient. exact: what the definition gets, by default the same. A gradient that there
+    is not has the error 0.
+    """
+    *inputs, index = arrays
+    with on_gpu_or_interpreted():
+        found = results_and_gradients(lambda *inputs: kernel(*inputs, index), inputs)
+    *inputs, index = arrays if exact is None else exact
+    expected = in_float64(lambda *inputs: definition(*inputs, index), inputs)
+    return [
+        0.0 if y is None else float(np.linalg.norm(x - y) / np.linalg.norm(y))
+        for x, y in zip(found, expected, strict=True)
+    ]

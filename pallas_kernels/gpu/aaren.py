@@ -59,7 +59,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu._arrays import other_gpu, pad
+from pallas_kernels.gpu._arrays import other_chunks, out_of_reach, pad
 from pallas_kernels.gpu._chunk import (
     BY_COLUMN,
     BY_ROW,
@@ -94,7 +94,7 @@ TOGETHER = 2
 
 def supports(k: Array, v: Array, *, chunk_size: int | None = None) -> str | None:
     """Why the kernel does not run on these arrays, or None where it does: by shapes, dtypes and the GPU, if any."""
-    if reason := other_gpu():
+    if reason := out_of_reach(v, k=k):
         return reason
     if v.dtype != jnp.bfloat16:
         return f"v must be bfloat16, which the matrix instructions take, got {v.dtype}"
@@ -102,13 +102,7 @@ def supports(k: Array, v: Array, *, chunk_size: int | None = None) -> str | None
         return f"k must be bfloat16 or float32, got {k.dtype}"
     if v.shape[-1] > LARGEST:
         return f"v has {v.shape[-1]} channels, at most {LARGEST} are supported"
-    if v.shape[0] * v.shape[2] > 65535:
-        return f"batch times heads is {v.shape[0] * v.shape[2]}, more than the 65535 of a grid"
-    if chunk_size not in (None, CHUNK):
-        return f"chunks of {chunk_size} positions are not supported, only of {CHUNK}"
-    if 0 in k.shape or 0 in v.shape:
-        return f"empty arrays: k {k.shape}, v {v.shape}"
-    return None
+    return other_chunks(chunk_size)
 
 
 def aaren(

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu import _prepared_walk
-from pallas_kernels.gpu._arrays import declined, pad
+from pallas_kernels.gpu._arrays import declined, in_chunks_and_tiles, pad
 from pallas_kernels.gpu._channel_decay import prepare, prepare_backward
 from pallas_kernels.gpu._chunk import CHUNK, TILE
 from pallas_kernels.gpu._chunk_products import meet, read_transposed
@@ -72,10 +72,8 @@ def channel_decay(
     if reason := supports(q, k, v, g, chunk_size=chunk_size):
         raise ValueError(f"{NAME}: {reason}")
     length, key_channels, value_channels = q.shape[1], q.shape[-1], v.shape[-1]
-    q, k, v, g = (pad(pad(x, 1, CHUNK), 3, TILE) for x in (q, k, v, g.astype(jnp.float32)))
-    state = pad(pad(initial_state.astype(jnp.float32), 2, TILE), 3, TILE)
-    if index is not None:
-        index = jnp.pad(index, ((0, 0), (0, -length % CHUNK)), mode="edge")
+    q, k, v, state, index = in_chunks_and_tiles(q, k, v, initial_state, index)
+    g = pad(pad(g.astype(jnp.float32), 1, CHUNK), 3, TILE)
     o, state = _attend(q, k, v, g, state, index, float(scale))
     return o[:, :length, :, :value_channels], state[:, :, :key_channels, :value_channels]
 

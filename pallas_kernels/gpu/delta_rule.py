@@ -49,7 +49,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu import _channel_decay, _prepared_walk, _scalar_decay
-from pallas_kernels.gpu._arrays import declined, pad
+from pallas_kernels.gpu._arrays import declined, in_chunks_and_tiles, pad
 from pallas_kernels.gpu._chunk import CHUNK, TILE
 from pallas_kernels.gpu._chunk_products import (
     apply,
@@ -99,13 +99,10 @@ def delta_rule(
     if reason := supports(q, k, v, beta, g, chunk_size=chunk_size):
         raise ValueError(f"{NAME}: {reason}")
     length, key_channels, value_channels = q.shape[1], q.shape[-1], v.shape[-1]
-    q, k, v = (pad(pad(x, 1, CHUNK), 3, TILE) for x in (q, k, v))
+    q, k, v, state, index = in_chunks_and_tiles(q, k, v, initial, index)
     beta, g = (x if x is None else pad(x.astype(jnp.float32), 1, CHUNK) for x in (beta, g))
     if g is not None and g.ndim == 4:
         g = pad(g, 3, TILE)
-    state = pad(pad(initial.astype(jnp.float32), 2, TILE), 3, TILE)
-    if index is not None:
-        index = jnp.pad(index, ((0, 0), (0, -length % CHUNK)), mode="edge")
     o, state = _run(q, k, v, beta, g, state, index, float(scale))
     return o[:, :length, :, :value_channels], state[:, :, :key_channels, :value_channels]
 

@@ -53,7 +53,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu import _scalar_decay
-from pallas_kernels.gpu._arrays import declined, group_sum, pad
+from pallas_kernels.gpu._arrays import declined, group_sum, in_chunks_and_tiles, pad
 from pallas_kernels.gpu._chunk import CHUNK, MULTIPROCESSORS, SPAN, THROUGH, TILE, segments_of
 from pallas_kernels.gpu._walk import walk
 from pallas_kernels.gpu._walk_back import runs_in_one_walk, segments_back, walk_back
@@ -97,10 +97,7 @@ def linear_attention(
     if g is not None:
         g = jnp.broadcast_to(g.astype(jnp.float32), v.shape[:3])
         g = pad(g, 1, CHUNK)
-    q, k, v = (pad(pad(x, 1, CHUNK), 3, TILE) for x in (q, k, v))
-    state = pad(pad(initial_state.astype(jnp.float32), 2, TILE), 3, TILE)
-    if index is not None:
-        index = jnp.pad(index, ((0, 0), (0, -length % CHUNK)), mode="edge")
+    q, k, v, state, index = in_chunks_and_tiles(q, k, v, initial_state, index)
     o, state = _attend(q, k, v, g, state, index, float(scale))
     return o[:, :length, :, :value_channels], state[:, :, :key_channels, :value_channels]
 

@@ -56,7 +56,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._memory_gates import coefficients
-from pallas_kernels.gpu._arrays import other_gpu, pad
+from pallas_kernels.gpu._arrays import out_of_reach, pad
 from pallas_kernels.gpu._chunk import CHUNK, TILE
 from pallas_kernels.gpu._memory_walk import walk, walk_back
 from pallas_kernels.once import differentiated_once
@@ -72,7 +72,7 @@ MOST_KEYS, MOST_VALUES = 128, 256
 
 def supports(q: Array, k: Array, v: Array, mini_batch: int, *, chunk_size: int | None = None) -> str | None:
     """Why the kernel does not run on these arrays, or None where it does: by shapes, dtypes and the GPU, if any."""
-    if reason := other_gpu():
+    if reason := out_of_reach(v, q=q):
         return reason
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
         return f"q, k and v must be bfloat16, got {q.dtype}, {k.dtype} and {v.dtype}"
@@ -82,12 +82,8 @@ def supports(q: Array, k: Array, v: Array, mini_batch: int, *, chunk_size: int |
         return f"q and k have {q.shape[-1]} channels, at most {MOST_KEYS} are supported: the states are in registers"
     if v.shape[-1] > MOST_VALUES:
         return f"v has {v.shape[-1]} channels, at most {MOST_VALUES} are supported"
-    if q.shape[0] * v.shape[2] > 65535:
-        return f"batch times heads is {q.shape[0] * v.shape[2]}, more than the 65535 of a grid"
     if chunk_size is not None and chunk_size > mini_batch:
         return f"chunk_size={chunk_size}; the states of every mini-batch are kept, of {mini_batch} tokens"
-    if 0 in q.shape or 0 in v.shape:
-        return f"empty arrays: q {q.shape}, v {v.shape}"
     return None
 
 

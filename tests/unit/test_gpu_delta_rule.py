@@ -1,6 +1,7 @@
 """The delta rule for Hopper GPUs: it is lowered and compiled without one, and computes in Pallas' interpreter or, where
 JAX sees one (JAX_PLATFORMS=cpu,cuda), on a GPU."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,13 +12,7 @@ from jax import lax
 
 from pallas_kernels.gpu._channel_scores import GROUP
 from pallas_kernels.gpu.delta_rule import delta_rule, supports
-from tests.hopper import (
-    compile_for_hopper,
-    in_float64,
-    needs_cuda_compiler,
-    on_gpu_or_interpreted,
-    results_and_gradients,
-)
+from tests.hopper import compile_for_hopper, errors_against, needs_cuda_compiler
 
 NAMES = ("o", "final state", "q", "k", "v", "beta", "g", "state")
 # Of the norm of the difference to that of the reference. Rows, pairs, states and results are rounded to bfloat16, each
@@ -133,17 +128,9 @@ def definition(q, k, v, beta, g, state, index, scale):
 
 def errors(case: Case, arrays: tuple | None = None) -> dict[str, float]:
     """Of the kernel against the definition in float64; `arrays` are what the definition gets, by default the same."""
-    *inputs, index = case.arrays()
-    with on_gpu_or_interpreted():
-        found = results_and_gradients(lambda *inputs: forward(*inputs, index), inputs)
-    *inputs, index = case.arrays() if arrays is None else arrays
-    expected = in_float64(lambda *inputs: definition(*inputs, index, case.key_channels**-0.5), inputs)
-    assert all(np.isfinite(x).all() for x in found if x is not None)
-    return {
-        name: np.linalg.norm(x - y) / np.linalg.norm(y)
-        for name, x, y in zip(NAMES, found, expected, strict=True)
-        if y is not None
-    }
+    exactly = partial(definition, scale=case.key_channels**-0.5)
+    found = errors_against(exactly, forward, case.arrays(), arrays)
+    return dict(zip(NAMES, found, strict=True))
 
 
 @pytest.mark.parametrize(

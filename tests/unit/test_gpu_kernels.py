@@ -1,6 +1,7 @@
 """Kernels for Hopper GPUs: they are lowered and compiled without one, and compute in Pallas' interpreter or, where JAX
 sees one (JAX_PLATFORMS=cpu,cuda), on a GPU."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,14 +13,7 @@ from jax import lax
 from pallas_kernels.gpu import _chunk, _walk, _walk_back
 from pallas_kernels.gpu import linear_attention as kernels
 from pallas_kernels.gpu.linear_attention import linear_attention, supports
-from tests.hopper import (
-    SHARED_MEMORY,
-    in_float64,
-    kernels_for_hopper,
-    needs_cuda_compiler,
-    on_gpu_or_interpreted,
-    results_and_gradients,
-)
+from tests.hopper import SHARED_MEMORY, errors_against, kernels_for_hopper, needs_cuda_compiler
 
 BFLOAT16 = float(jnp.finfo(jnp.bfloat16).eps)
 # Of the norm of the difference to that of the reference. Results, scores and states are rounded to bfloat16, each by a
@@ -133,17 +127,9 @@ def definition(q, k, v, g, state, index, scale):
 
 def errors(case: Case, arrays: tuple | None = None) -> dict[str, float]:
     """Of the kernel against the definition in float64; `arrays` are what the definition gets, by default the same."""
-    *inputs, index = case.arrays()
-    with on_gpu_or_interpreted():
-        found = results_and_gradients(lambda *inputs: forward(*inputs, index), inputs)
-    *inputs, index = case.arrays() if arrays is None else arrays
-    expected = in_float64(lambda *inputs: definition(*inputs, index, case.key_channels**-0.5), inputs)
-    names = ("o", "final state", "q", "k", "v", "g", "state")
-    return {
-        name: np.linalg.norm(x - y) / np.linalg.norm(y)
-        for name, x, y in zip(names, found, expected, strict=True)
-        if y is not None
-    }
+    exactly = partial(definition, scale=case.key_channels**-0.5)
+    found = errors_against(exactly, forward, case.arrays(), arrays)
+    return dict(zip(("o", "final state", "q", "k", "v", "g", "state"), found, strict=True))
 
 
 @pytest.mark.parametrize(
