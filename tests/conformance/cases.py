@@ -33,8 +33,15 @@ LAYER_WIDTH = 16
 # operator is tried on more laws than the others.
 PLAIN_LAYER_LAWS = frozenset({"split", "documents", "state", "start"})
 PLAIN_FIRST_LAYER_LAWS = PLAIN_LAYER_LAWS | {"forms", "devices"}
-# Laws that take long on layers made of others, on which a plain run tries them.
-LEFT_TO_PARTS = {"titans_mac": {"devices"}, "titans_mag": {"documents"}, "titans_mal": {"documents"}}
+# Laws that take long on these operators and layers. A plain run tries them on what the layers are made of, and the
+# operators on fewer meshes.
+NOT_PLAIN = {
+    "memory_as_context": {"more meshes"},
+    "neural_memory": {"more meshes"},
+    "titans_mac": {"devices", "documents"},
+    "titans_mag": {"documents"},
+    "titans_mal": {"documents"},
+}
 
 # Layers are tested as they are by default, and with those of these fields that they have.
 OPTIONAL_FIELDS = {
@@ -94,6 +101,7 @@ class Outcome(NamedTuple):
 class Case:
     """A function with a state, on one set of arguments; compiled once per variant and shape.
 
+    name             of the operator or the layer
     op               the operator, or that of the layer
     time_args        names of the arrays with a time axis
     variants         the forms to try, beside the recurrent one
@@ -103,11 +111,13 @@ class Case:
     splits           lengths of the spans into which the split law cuts
     is_extreme       whether gates or scores are at the edge of their range
     splits_heads     whether there are heads for two devices
-    plain_laws       names of the laws that a plain run tries; the rest is left to `pytest -m slow`. None is all
+    plain_laws       names of the laws that a plain run tries, but for `NOT_PLAIN`; the rest is left to `pytest -m slow`.
+                     None is all
     finds_starts     whether a document that starts with a span is told from one that goes on. An operator cannot
                      know: the state it is given belongs to the first document of the span
     """
 
+    name: str
     op: SeqOp
     time_args: tuple[str, ...]
     variants: tuple[Variant, ...]
@@ -237,7 +247,8 @@ class OpCase(Case):
     splits, finds_starts = (*SPLITS, DECODE), False
 
     def __init__(self, op: SeqOp, example: str, plain_laws: frozenset[str] | None = None):
-        self.op, self.example, self.time_args, self.plain_laws = op, example, op.time_args, plain_laws
+        self.name, self.op, self.example = op.name, op, example
+        self.time_args, self.plain_laws = op.time_args, plain_laws
         small_chunks = (Variant("chunked", CHUNK),) if "chunked" in op.forms else ()
         self.variants = (*small_chunks, *map(Variant, op.forms))
 
@@ -374,7 +385,7 @@ def layer_cases(mixers: Mapping[str, Entry]) -> list[LayerCase]:
     for name, entry in mixers.items():
         laws = PLAIN_LAYER_LAWS if entry.op.name in seen else PLAIN_FIRST_LAYER_LAWS
         seen.add(entry.op.name)
-        found.append(LayerCase(name, entry, {}, laws - LEFT_TO_PARTS.get(name, set())))
+        found.append(LayerCase(name, entry, {}, laws))
         fields = {field: value for field, value in OPTIONAL_FIELDS.items() if field in entry.layer.__dataclass_fields__}
         if fields:
             found.append(LayerCase(name, entry, fields))

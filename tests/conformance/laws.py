@@ -19,6 +19,7 @@ from seqmodels.ops._scan import Documents
 from tests.conformance.cases import (
     BFLOAT16,
     FLOAT32,
+    NOT_PLAIN,
     RECURRENT,
     Case,
     EncoderCase,
@@ -458,7 +459,7 @@ def each_law_on_each_case(laws: dict[str, Callable], cases: Iterable[Case]) -> p
     ]
 
     def marks(law: str, case: Case) -> list[pytest.MarkDecorator]:
-        slow = case.plain_laws is not None and law not in case.plain_laws
+        slow = (case.plain_laws is not None and law not in case.plain_laws) or law in NOT_PLAIN.get(case.name, ())
         return [pytest.mark.xdist_group(str(case)), *([pytest.mark.slow] if slow else [])]
 
     return pytest.mark.parametrize(

@@ -785,7 +785,7 @@ SPILLS = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(x, marks=[pytest.mark.slow] if x in ("delta_rule, scalar decay", "aaren") else [])
+        pytest.param(x, marks=[pytest.mark.slow] if x == "delta_rule, scalar decay" else [])
         for x in SPILLS
     ],
 )
