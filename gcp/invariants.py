@@ -8,6 +8,7 @@ is expected. None trusts how the manifest was made, and none stumbles over what 
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -45,11 +46,9 @@ def violations(manifest: Mapping[str, Any]) -> list[str]:
 def _at(tree: Any, *path: str | int, default: Any = None) -> Any:
     """What stands there in the manifest, `default` where nothing does."""
     for key in path:
-        if isinstance(tree, Mapping) and key in tree:
+        try:
             tree = tree[key]
-        elif isinstance(tree, list) and isinstance(key, int) and key < len(tree):
-            tree = tree[key]
-        else:
+        except (KeyError, IndexError, TypeError):
             return default
     return default if tree is None else tree
 
@@ -252,7 +251,7 @@ def has_an_image_that_stays(manifest: Mapping) -> Iterator[str]:
 
 def has_one_run_directory(manifest: Mapping) -> Iterator[str]:
     command, name = _command(manifest), _at(manifest, "metadata", "name", default="")
-    given = [value for flag, value in zip(command, command[1:]) if flag == "--run_dir"]
+    given = [value for flag, value in itertools.pairwise(command) if flag == "--run_dir"]
     if len(given) != 2 or len(set(given)) != 1:
         yield f"--run_dir is given as {given}: expected the same for the entry and for the program"
     for folder in dict.fromkeys(given):

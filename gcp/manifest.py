@@ -1,7 +1,7 @@
 """A job as a JobSet: what `kubectl apply` sends to a GKE cluster.
 
-A slice is a Job of the JobSet, a host of it a pod, and JobSet gives every Job a node pool of its own. The machines' part
-in it (TPU_WORKER_ID, MEGASCALE_COORDINATOR_ADDRESS and their like) is added by GKE.
+A slice is a Job of the JobSet, a host of it a pod, and JobSet gives every Job a node pool of its own. What tells a
+process its place (TPU_WORKER_ID, MEGASCALE_COORDINATOR_ADDRESS and their like) is added by GKE.
 
 What ends a pod decides what becomes of the job:
 
