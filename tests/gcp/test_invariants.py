@@ -1,4 +1,4 @@
-"""Each invariant of manifests catches the error that it is there for: good manifests are damaged, one place at a time."""
+"""Each invariant of manifests catches the error that it is there for: a good one is damaged, one place at a time."""
 
 import pytest
 
@@ -91,9 +91,17 @@ MUTATIONS = [
     ("slice_is_in_the_table", put(*SELECTOR, ACCELERATOR, "tpu-v5e-slice"), "did you mean 'tpu-v"),
     ("slice_is_in_the_table", put(*SELECTOR, TOPOLOGY, "4x4x4"), "is '4x4x4': expected one of tpu-v5-lite-podslice"),
     ("slice_is_in_the_table", drop(*SELECTOR, TOPOLOGY), "is 'None': expected one of"),
-    ("has_a_pod_for_every_host", put(*SLICE, "parallelism", 63), "parallelism is 63: expected 64, the hosts of v5e-256"),
+    (
+        "has_a_pod_for_every_host",
+        put(*SLICE, "parallelism", 63),
+        "parallelism is 63: expected 64, the hosts of v5e-256",
+    ),
     ("has_a_pod_for_every_host", put(*SLICE, "completions", 256), "completions is 256: expected 64"),
-    ("has_a_pod_for_every_host", put(*SELECTOR, TOPOLOGY, "8x8"), "parallelism is 64: expected 16, the hosts of v5e-64"),
+    (
+        "has_a_pod_for_every_host",
+        put(*SELECTOR, TOPOLOGY, "8x8"),
+        "parallelism is 64: expected 16, the hosts of v5e-64",
+    ),
     ("takes_all_chips_of_a_host", put(*CONTAINER, "resources", "limits", "google.com/tpu", 8), "is 8: expected 4"),
     ("takes_all_chips_of_a_host", drop(*CONTAINER, "resources"), "is None: expected 4"),
     (
@@ -160,7 +168,11 @@ MUTATIONS = [
         put(*POD_RULES, 0, "onPodConditions", 0, "type", "Ready"),
         "leads to RestartJobSet: expected RestartJobSetAndIgnoreMaxRestarts",
     ),
-    ("keeps_the_contract_of_exit_codes", drop(*RULES, 0), "preemption, exit code 1, 2, 3, 4, ... leads to RestartJobSet:"),
+    (
+        "keeps_the_contract_of_exit_codes",
+        drop(*RULES, 0),
+        "preemption, exit code 1, 2, 3, 4, ... leads to RestartJobSet:",
+    ),
     ("keeps_the_contract_of_exit_codes", drop(*RULES, 1), "exit code 1, 2 leads to RestartJobSet: expected FailJobSet"),
     (
         "keeps_the_contract_of_exit_codes",
@@ -178,7 +190,11 @@ MUTATIONS = [
         "exit code 1, 2 leads to RestartJobSet: expected FailJobSet",
     ),
     ("keeps_the_contract_of_exit_codes", put(*RULES, 0, "action", "FailJobSet"), "preemption, exit code 1, 2, 3"),
-    ("keeps_the_contract_of_exit_codes", drop("spec", "failurePolicy"), "exit code 3, 4, 5, 6, ... leads to FailJobSet"),
+    (
+        "keeps_the_contract_of_exit_codes",
+        drop("spec", "failurePolicy"),
+        "exit code 3, 4, 5, 6, ... leads to FailJobSet",
+    ),
     ("names_its_rules", put(*RULES, 1, "name", "preempted"), "several rules of the name 'preempted'"),
     ("has_names_that_fit", put("metadata", "name", "GLA_1b"), "metadata.name is 'GLA_1b': expected lower-case"),
     ("has_names_that_fit", put("metadata", "name", "1b"), "metadata.name is '1b'"),
@@ -188,7 +204,11 @@ MUTATIONS = [
     ("says_its_namespace", drop("metadata", "namespace"), "namespace is not given"),
     ("has_an_image_that_stays", put(*CONTAINER, "image", "repository/image:latest"), "expected NAME@sha256:DIGEST"),
     ("has_one_run_directory", change(*CONTAINER, "command", other_run_directory), "is given as ["),
-    ("has_one_run_directory", change(*CONTAINER, "command", lambda x: x[:5]), "is given as ['gs://my-bucket/runs/gla-a']"),
+    (
+        "has_one_run_directory",
+        change(*CONTAINER, "command", lambda x: x[:5]),
+        "is given as ['gs://my-bucket/runs/gla-a']",
+    ),
     ("has_one_run_directory", put("metadata", "name", "gla-b"), "expected gs://BUCKET/FOLDER/gla-b"),
     (
         "has_one_run_directory",
@@ -223,7 +243,11 @@ MUTATIONS = [
     ("shares_memory", put(*POD, "volumes", 0, "emptyDir", {}), "the volume at /dev/shm is None: expected 'Memory'"),
     ("shares_memory", drop(*CONTAINER, "volumeMounts", 0), "the volume at /dev/shm is None"),
     ("mounts_what_it_names", put(*CONTAINER, "volumeMounts", 1, "name", "data-7"), "expected the same"),
-    ("only_reads_its_data", put(*POD, "volumes", 1, "csi", "readOnly", False), "data-0: readOnly is False: expected True"),
+    (
+        "only_reads_its_data",
+        put(*POD, "volumes", 1, "csi", "readOnly", False),
+        "data-0: readOnly is False: expected True",
+    ),
     (
         "only_reads_its_data",
         drop(*POD, "volumes", 2, "csi", "volumeAttributes", "hostNetworkPodKSA"),

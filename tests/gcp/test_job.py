@@ -118,9 +118,7 @@ def test_what_queued_resources_cannot(changes, told):
 
 
 def test_a_queued_resource():
-    queued = job(
-        backend="queued_resources", location="us-west4-a", cluster=None, secrets={"HF_TOKEN": "hugging-face"}
-    )
+    queued = job(backend="queued_resources", location="us-west4-a", cluster=None, secrets={"HF_TOKEN": "hugging-face"})
     assert queued.slice.api_type == "v5litepod-256"
 
 

@@ -116,7 +116,8 @@ def test_the_file_is_the_same_for_the_same_job():
 
 
 @pytest.mark.parametrize(
-    "text", ["12345678e9012345", "0x10", "1_000", "0o17", "16x16", "true", "null", "~", "y", "N", "on", "", "1:30", ".5"]
+    "text",
+    ["12345678e9012345", "0x10", "1_000", "0o17", "16x16", "true", "null", "~", "y", "N", "on", "", "1:30", ".5"],
 )
 def test_no_parser_takes_a_string_for_something_else(text):
     """Parsers of YAML differ in what is a number. What is quoted is a string to all of them."""
