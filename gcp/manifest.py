@@ -184,7 +184,7 @@ def _data_volumes(job: Job) -> list[dict]:
     for name, _, url in _data(job):
         bucket, _, folder = url.removeprefix("gs://").partition("/")
         # Objects lie in folders that nobody has made.
-        options = ["implicit-dirs", *([f"only-dir={folder.strip('/')}"] if folder.strip("/") else [])]
+        options = ["implicit-dirs", *([f"only-dir={folder}"] if folder else [])]
         attributes = {"bucketName": bucket, "mountOptions": ",".join(options), "hostNetworkPodKSA": "true"}
         volumes.append({"name": name, "csi": {"driver": FUSE, "readOnly": True, "volumeAttributes": attributes}})
     return volumes

@@ -243,6 +243,7 @@ def test_order_and_spelling_do_not_change_the_fingerprint():
     one = job(**EVERYTHING)
     turned = {key: dict(reversed(EVERYTHING[key].items())) for key in ("env", "secrets", "data")}
     spelt = {"tpu": "v5litepod-256", "hours": 12.0, "out": "gs://my-bucket/runs/"}
+    turned["data"] = {path: f"{folder.rstrip('/')}/" for path, folder in turned["data"].items()}
     other = make_job(dict(reversed({**VALUES, **EVERYTHING, **turned, **spelt}.items())))
     assert other == one and other.fingerprint == one.fingerprint
 
