@@ -50,11 +50,14 @@ run_dir=@@run_dir
 max_restarts=@@max_restarts
 machine_dir=@@machine_dir
 # Environment variable -> secret of Secret Manager; path in the container -> folder in a bucket.
-declare -A secrets=(@@secrets)
-declare -A data=(@@data)
 # A $ in a value is only a $.
 # shellcheck disable=SC2016
-declare -a options=(@@options) entry=(@@entry) program=(@@program)
+declare -A secrets=(@@secrets) \
+    data=(@@data)
+# shellcheck disable=SC2016
+declare -a options=(@@options) \
+    entry=(@@entry) \
+    program=(@@program)
 
 metadata() {
     curl --fail --silent --show-error --retry 10 --retry-connrefused --header 'Metadata-Flavor: Google' \
@@ -101,7 +104,7 @@ with_secrets() (
 run_container() {
     local code
     docker rm --force "$name" >/dev/null 2>&1 || true
-    with_secrets docker run --detach --name "$name" --privileged --net=host --shm-size=16g --log-driver=local \
+    with_secrets docker run --detach --name "$name" --privileged --network=host --shm-size=16g --log-driver=local \
         --stop-timeout=25 "${options[@]}" "$image" \
         python "${entry[@]}" --host "$host" --slice "$slice" --attempt "$attempt" -- "${program[@]}" \
         >/dev/null || return 125
