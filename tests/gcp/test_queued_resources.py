@@ -46,7 +46,7 @@ def a_job(**values: Any) -> Job:
 
 
 # Every value that a person gives, with what means something to a shell.
-HARD = """it's "$HOME" `id` \\ ; & | > * # @@name %s"""
+HARD = """ it's "$HOME" `id` \\ ; & | > * # @@name %s	"""
 HARD_JOB = {
     "gin": [f"train.note={HARD}", "train.lines=one\ntwo"],
     "env": {"NOTE": HARD, "EMPTY": ""},
@@ -139,8 +139,8 @@ class TestCommands:
         ]
 
     def test_several_slices_are_one_request_for_nodes_with_one_prefix(self):
-        create = queued_resources.create_command(a_job(slices=3), "start.sh", "job.txt")
-        assert {"--node-count=3", "--node-prefix=llama-a"} < set(create)
+        create = queued_resources.create_command(a_job(slices=2), "start.sh", "job.txt")
+        assert {"--node-count=2", "--node-prefix=llama-a"} < set(create)
         assert not any(x.startswith("--node-id") for x in create)
 
     @pytest.mark.parametrize("slices, nodes", [(1, ["llama-a"]), (2, ["llama-a-0", "llama-a-1"])])
