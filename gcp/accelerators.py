@@ -133,6 +133,8 @@ def find_slice(name: str) -> Slice:
     """The slice of that name, in the spelling of the Cloud TPU API too. Raises `InputError`."""
     spelling = name.replace("v5litepod-", "v5e-")
     if spelling not in SLICES:
-        same = [x for x in SLICES if x.partition("-")[0] == spelling.partition("-")[0]]
-        raise InputError(f"tpu is {name!r}: there is no such slice; {nearest(spelling, same or GENERATIONS)}")
+        generation = spelling.partition("-")[0]
+        sizes = [row.name for row in SLICES.values() if row.generation == generation]
+        valid = f"valid: {', '.join(sizes)}" if sizes else nearest(generation, GENERATIONS)
+        raise InputError(f"tpu is {name!r}: there is no such slice; {valid}")
     return SLICES[spelling]

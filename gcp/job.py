@@ -42,10 +42,13 @@ class Job:
         backend: "gke": a JobSet in a cluster. "queued_resources": virtual machines of the Cloud TPU API.
         project: of Google Cloud. location: the cluster's, a region or a zone; a zone for queued resources.
         cluster, namespace: of GKE. queue: a Kueue queue of the cluster that admits jobs, "" for none.
-        service_account: whose rights the program has: of Kubernetes on GKE, an address otherwise; "" for the default.
+        service_account: "" for the default. For queued resources an address, whose rights the program has. On GKE one
+            of Kubernetes, whose rights hold for mounting `data`; the program itself has those of its node pool, because
+            Workload Identity does not reach pods on their host's network.
         image: of the container, by digest: ...@sha256:...
         out: folder of run directories in a bucket, gs://...
-        max_restarts: how often the job starts again by itself; preemptions that GKE announces do not count.
+        max_restarts: how often the job starts again by itself; a preemption that GKE announces does not count where its
+            pod is seen to fail before the others have left.
         hours: how long it is expected to run, for the sum of chip hours; None where nobody knows.
         usd_per_chip_hour: what is paid; None where nobody knows.
         env: environment variables of the program.
@@ -162,38 +165,85 @@ def make_job(values: Mapping[str, Any]) -> Job:
     for key, field in fields.items():
         if key not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise InputError(f"the key {key!r} is missing")
-    job = Job(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    job = Job(**{key: _plain(value, hints[key]) for key, value in values.items()})
     _check_values(job)
-    return job
+    # One spelling for one job, so that it has one fingerprint.
+    return dataclasses.replace(job, tpu=job.slice.name, out=job.out.rstrip("/"))
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if float in typing.get_args(hint) else value
+
+
+_KINDS = {
+    str: (str, "a string"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    tuple: (list, "a list of strings"),
+    Mapping: (dict, "a table of strings"),
+}
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
-    expected = {
-        str: (str, "a string"),
-        int: (int, "a whole number"),
-        float: ((int, float), "a number"),
-        tuple: (list, "a list of strings"),
-        Mapping: (dict, "a table of strings"),
-    }
+    """Messages show no value: it may be a secret in the wrong place."""
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kind = typing.get_origin(parts[0]) or parts[0]
-    accepted, described = expected[kind]
-    elements = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
-    if not isinstance(value, accepted) or isinstance(value, bool) or not all(isinstance(x, str) for x in elements):
-        raise InputError(f"{key} is {value!r}: expected {described}")
+    accepted, described = _KINDS[typing.get_origin(parts[0]) or parts[0]]
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        raise InputError(f"{key} is {_kind(value)}: expected {described}")
+    for name, element in _elements(key, value):
+        if not isinstance(element, str):
+            raise InputError(f"{name} is {_kind(element)}: expected a string")
 
 
-_DNS_NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
-_DIGEST = r"[^\s@]+@sha256:[0-9a-f]{64}"
-_BUCKET = r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/\S*)?"
+def _elements(key: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, list):
+        return [(f"{key}[{index}]", element) for index, element in enumerate(value)]
+    return [(f"{key}[{name!r}]", element) for name, element in value.items()] if isinstance(value, dict) else []
+
+
+def _kind(value: Any) -> str:
+    """Of a TOML value, in words."""
+    words = {bool: "true or false", str: "a string", int: "a whole number", float: "a number", list: "a list"}
+    return "a table" if isinstance(value, dict) else words.get(type(value), "a date or time")
+
+
+DNS_NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+DIGEST = r"[^\s@]+@sha256:[0-9a-f]{64}"
+# No commas, which separate the options of a mount.
+BUCKET = r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^\s,]*)?"
+# What the machines themselves say of a host's place in the slice.
+MACHINE_VARIABLES = ("TPU_", "MEGASCALE_")
+ATTEMPT = "SEQMODELS_ATTEMPT"  # in a pod: how often the job has started again
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
-# What keys of the services that people use begin with, and anything long without a space or a slash.
-_SECRET_VALUE = r"(hf_|sk-|ghp_|glpat-|xox[abp]-|AIza|ya29\.)\S{8,}|[A-Za-z0-9+_=-]{32,}"
-_SECRET_NAME = r"(?i).*(secret|token|password|passwd|api_?key|credential).*"
+# What keys of the services that people use begin with, and anything long with digits in it and neither a space nor a
+# slash, unless it is a flag.
+_SECRET_VALUE = r"(hf_|sk-|ghp_|glpat-|xox[abp]-|AIza|ya29\.)\S{8,}|(?!--)(?=\D*\d)[A-Za-z0-9+_=-]{32,}"
+# Not what only has such a word in a longer one, as TOKENIZERS_PARALLELISM.
+_SECRET_NAME = r"(?i).*(secrets?|token|passw(or)?ds?|(api|access|private)_?keys?|credentials?)(_.*)?"
+
+
+def looks_like_a_secret(name: str, value: str) -> bool:
+    """Whether an environment variable seems to hold what nobody may read in a job file or a manifest."""
+    return bool(re.fullmatch(_SECRET_NAME, name) or re.fullmatch(_SECRET_VALUE, value))
+
+
+_OPTIONAL = ("cluster", "queue", "reservation", "service_account")
+_RESOURCE = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_FORMS = {
+    "config": (r"\S+", "the path of a gin file in the repository"),
+    "program": (r"\S+", "the path of a program in the repository"),
+    "project": (rf"([a-z0-9.-]+:)?{_RESOURCE}", "the identifier of a project, as my-project"),
+    "location": (r"[a-z]+-[a-z]+\d+(-[a-z])?", "a region or a zone, as us-west4 or us-west4-a"),
+    **dict.fromkeys(("cluster", "namespace", "queue"), (_RESOURCE, "lower-case letters, digits and hyphens")),
+    "reservation": (r"[a-z0-9][-a-z0-9./]*", "the name of a reservation"),
+    "service_account": (r"[a-z0-9][-a-z0-9.]*(@[a-z0-9.-]+)?", "the name of a service account"),
+}
 
 
 def _check_values(job: Job) -> None:
-    if not re.fullmatch(_DNS_NAME, job.name) or len(job.name) > LONGEST_NAME:
+    if not re.fullmatch(DNS_NAME, job.name) or len(job.name) > LONGEST_NAME:
         raise InputError(
             f"name is {job.name!r}: expected lower-case letters, digits and hyphens, a letter first, at most "
             f"{LONGEST_NAME} of them"
@@ -210,18 +260,18 @@ def _check_values(job: Job) -> None:
         value = getattr(job, key)
         if value is not None and not (0 < value < math.inf):
             raise InputError(f"{key} is {value}: expected more than 0")
-    if not re.fullmatch(_DIGEST, job.image):
+    if not re.fullmatch(DIGEST, job.image):
         raise InputError(
             f"image is {job.image!r}: expected NAME@sha256:DIGEST, which a later push cannot change; "
             "`docker buildx imagetools inspect IMAGE` prints it"
         )
     for key, folder in (("out", job.out), *((f"data.{path}", folder) for path, folder in job.data.items())):
-        if not re.fullmatch(_BUCKET, folder):
+        if not re.fullmatch(BUCKET, folder):
             raise InputError(f"{key} is {folder!r}: expected a folder in a bucket, gs://BUCKET/FOLDER")
     if bool(job.reservation) != (job.capacity == "reserved"):
         raise InputError(
-            f"capacity is {job.capacity!r} and reservation {job.reservation!r}: a reservation is named where capacity is "
-            "'reserved', and only there"
+            f"capacity is {job.capacity!r} and reservation {job.reservation!r}: expected the name of a reservation "
+            "where capacity is 'reserved', and only there"
         )
     if job.backend == "gke" and not job.cluster:
         raise InputError("cluster is not given: expected the GKE cluster that the job goes to")
@@ -233,12 +283,13 @@ def _check_values(job: Job) -> None:
         for key in ("cluster", "queue"):
             if getattr(job, key):
                 raise InputError(f"{key} is {getattr(job, key)!r}: a queued resource has none; leave it out")
-    for key in ("name", "project", "location", "cluster", "namespace", "queue"):
-        if getattr(job, key) and not re.fullmatch(r"[a-z0-9:.]([-a-z0-9:.]*[a-z0-9])?", getattr(job, key)):
-            raise InputError(f"{key} is {getattr(job, key)!r}: expected lower-case letters, digits and hyphens")
+    for key, (pattern, form) in _FORMS.items():
+        # Only what a job need not have may be empty.
+        if not re.fullmatch(pattern, getattr(job, key)) and (getattr(job, key) or key not in _OPTIONAL):
+            raise InputError(f"{key} is {getattr(job, key)!r}: expected {form}")
     for path in job.data:
         if not re.fullmatch(r"(/[\w.-]+)+", path):
-            raise InputError(f"data.{path}: expected an absolute path in the container")
+            raise InputError(f"data has {path!r}: expected an absolute path in the container")
     for binding in job.gin:
         if not re.fullmatch(r"[\w./]+=.+", binding, re.DOTALL):
             raise InputError(f"gin has {binding!r}: expected NAME.PARAMETER=VALUE")
@@ -248,19 +299,17 @@ def _check_values(job: Job) -> None:
 
 
 def _check_variables(job: Job) -> None:
-    for key, value in job.env.items():
-        # What cannot be a secret may be shown; the message shows no value.
-        if re.fullmatch(_SECRET_NAME, key) or re.fullmatch(_SECRET_VALUE, value):
-            raise InputError(
-                f"env.{key} looks like a secret: expected it under [secrets], by the name of where its value is kept"
-            )
-        if key.startswith(("TPU_", "MEGASCALE_")):
-            raise InputError(
-                f"env.{key}: variables of the hosts' places in the slice are set by the machines themselves"
-            )
+    """Messages show no value: it may be a secret in the wrong place."""
     for key in (*job.env, *job.secrets):
         if not re.fullmatch(_VARIABLE, key):
             raise InputError(f"{key!r} is no name of an environment variable")
+        if key.startswith((*MACHINE_VARIABLES, ATTEMPT)):
+            raise InputError(f"{key} stands among the variables: expected none that the machines themselves set")
+    for key, value in job.env.items():
+        if looks_like_a_secret(key, value):
+            raise InputError(
+                f"env.{key} looks like a secret: expected it under [secrets], by the name of where its value is kept"
+            )
     for key, value in job.secrets.items():
         if key in job.env:
             raise InputError(f"{key} stands under [env] and under [secrets]: expected one of them")

@@ -1,0 +1,75 @@
+"""`status` and `logs`: what a job does, why it waits, and what it has written so far."""
+
+import datetime
+from collections.abc import Iterator
+
+from gcp.job import Job
+from gcp.plan import backend_of, is_same_job
+from gcp.programs import ProgramError, stream
+from gcp.run_folder import RunFolder, unreadable
+from gcp.states import Phase, State
+from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
+
+
+def status(job: Job) -> int:
+    """Print one screen; returns 0, 1 for a job that has failed, 2 for one that is not there."""
+    state = backend_of(job).observe()
+    lines = [*_machine_facts(job, state), *_run_facts(job)]
+    print("\n".join(f"{name:<13}{text}" for name, text in lines))
+    return {Phase.FAILED: EXIT_DEFECT, Phase.ABSENT: EXIT_INPUT}.get(state.phase, EXIT_DONE)
+
+
+def logs(job: Job, *, follow: bool = False, slice: int = 0, host: int = 0) -> int:
+    """Print what one host writes."""
+    for name, value, count in (("slice", slice, job.slices), ("host", host, job.slice.hosts)):
+        if not 0 <= value < count:
+            raise InputError(f"--{name} is {value}: expected 0 to {count - 1}")
+    backend = backend_of(job)
+    state = backend.observe()
+    where = f"all hosts' logs, of all attempts: gcloud storage ls {job.run_dir}/logs/"
+    if state.phase in (Phase.ABSENT, Phase.WAITING):
+        raise InputError(f"{job.name} is {state}, and has no log to show; {where}")
+    print(where)
+    return stream(backend.logs_command(follow=follow, slice=slice, host=host))
+
+
+def _machine_facts(job: Job, state: State) -> Iterator[tuple[str, str]]:
+    yield "job", f"{job.name}: {job.slices} x {job.tpu} ({job.capacity}), {job.chips} chips"
+    yield "state", state.phase.value + (f", since {state.since} ({_ago(state.since)})" if state.since else "")
+    if state.why:
+        yield "why", state.why
+    if state.remedy:
+        yield "what to do", state.remedy
+    if state.phase is Phase.ABSENT:
+        return
+    yield "hosts", ", ".join(f"{count} {phase}" for phase, count in state.pods.items()) or "none yet"
+    yield "restarts", f"{state.restarts} of {job.max_restarts} used; attempt {state.attempt}"
+    if state.text is None:
+        yield "note", "it was not made by `up`"
+    elif not is_same_job(state.text, job.text()):
+        yield "note", "it was made from another job file than this one: `up` shows what differs, and sends nothing"
+
+
+def _run_facts(job: Job) -> Iterator[tuple[str, str]]:
+    yield "run", job.run_dir
+    folder = RunFolder(job)
+    try:
+        done, row, checkpoint = folder.finished(), folder.last_metrics(), folder.newest_checkpoint()
+    except ProgramError as error:
+        yield "", unreadable(error)
+        return
+    if done is not None:
+        yield "done", f"at step {done.get('step', 'unknown')}"
+    yield "trained", f"to step {row['step']}, loss {row['loss']:.4g}" if row else "no metrics yet"
+    yield "checkpoint", f"of step {checkpoint}" if checkpoint is not None else "none yet"
+
+
+def _ago(time: str) -> str:
+    """How long ago a time in the way of Kubernetes and Google was; "?" where it is none."""
+    try:
+        seconds = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(time)).total_seconds()
+    except (ValueError, TypeError):
+        return "?"
+    minutes = max(int(seconds // 60), 0)
+    days, hours = minutes // (24 * 60), minutes // 60 % 24
+    return f"{days} d {hours} h" if days else f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
