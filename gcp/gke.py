@@ -66,6 +66,7 @@ class Gke:
     """See `gcp.states.Backend`. shown: print what asks, too."""
 
     programs = ("kubectl", "gcloud", "gke-gcloud-auth-plugin")
+    billed = "the nodes of its node pool, as long as they are there; `down` says how to look"
 
     def __init__(self, job: Job, shown: bool = True):
         self.job = job
@@ -154,7 +155,7 @@ def _state(found: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], job: Job
     phases = collections.Counter(pod["status"].get("phase", "Unknown") for pod in pods)
     state = State(
         Phase.RUNNING,
-        since=metadata["creationTimestamp"],
+        made=metadata["creationTimestamp"],
         attempt=restarts,
         restarts=status.get("restartsCountTowardsMax", restarts),
         pods=dict(sorted(phases.items())),
@@ -162,23 +163,30 @@ def _state(found: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], job: Job
         text=metadata.get("annotations", {}).get(JOB_TEXT),
     )
     if status.get("terminalState") == "Completed" or "Completed" in conditions:
-        return state._replace(phase=Phase.FINISHED, since=conditions["Completed"]["lastTransitionTime"])
+        return state._replace(phase=Phase.FINISHED, since=_since(conditions.get("Completed")))
     if status.get("terminalState") == "Failed" or "Failed" in conditions:
         condition = conditions.get("Failed", {})
-        why = _why_failed(condition, pods, job)
-        return state._replace(phase=Phase.FAILED, why=why, since=condition.get("lastTransitionTime", state.since))
+        return state._replace(phase=Phase.FAILED, why=_why_failed(condition, pods, job), since=_since(condition))
     if _suspended(found):
         if job.queue:
             return state._replace(phase=Phase.WAITING, why=f"the queue {job.queue} has not admitted it")
         return state._replace(phase=Phase.SUSPENDED, why="somebody has set spec.suspend")
-    if phases["Running"] + phases["Succeeded"] >= job.hosts:
-        started = [pod["status"]["startTime"] for pod in pods if pod["status"].get("startTime")]
-        return state._replace(since=max(started, default=state.since))
+    if phases["Running"] + phases["Succeeded"] >= _hosts(found):
+        started = [pod["status"].get("startTime", "") for pod in pods]
+        return state._replace(since=max(started, default=""))
     if restarts:
-        restarting = conditions.get("RestartingJobSet", {})
-        why, since = restarting.get("message", ""), restarting.get("lastTransitionTime", state.since)
-        return state._replace(phase=Phase.RESTARTING, why=why, since=since)
-    return state._replace(phase=Phase.WAITING)
+        condition = conditions.get("RestartingJobSet", {})
+        return state._replace(phase=Phase.RESTARTING, why=condition.get("message", ""), since=_since(condition))
+    return state._replace(phase=Phase.WAITING, since=state.made)
+
+
+def _since(condition: Mapping[str, Any] | None) -> str:
+    return (condition or {}).get("lastTransitionTime", "")
+
+
+def _hosts(found: Mapping[str, Any]) -> int:
+    """Of the JobSet that is there, which may be another than the job file's."""
+    return sum(x["replicas"] * x["template"]["spec"]["parallelism"] for x in found["spec"]["replicatedJobs"])
 
 
 def _suspended(found: Mapping[str, Any]) -> bool:

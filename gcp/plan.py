@@ -71,7 +71,7 @@ def _facts(job: Job) -> Iterator[tuple[str, str]]:
 
 def _uncounted(job: Job) -> str:
     if job.backend == "gke":
-        return "; announced preemptions do not count"
+        return "; a preemption that GKE announces need not count"
     return "; after a preemption `watch` makes it again, as long as that runs"
 
 

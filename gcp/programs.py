@@ -1,5 +1,6 @@
 """Other people's programs, kubectl and gcloud: every call is shown, bounded in time, and its errors are explained."""
 
+import os
 import re
 import shlex
 import shutil
@@ -36,6 +37,8 @@ _PASSING = (
     r"timeout|timed out|Unable to connect|connection refused|connection reset|TLS handshake|EOF|try again"
     r"|Temporary failure in name resolution|UNAVAILABLE|Service Unavailable|HTTPError 5\d\d|INTERNAL|etcdserver"
 )
+# gcloud would ask whether to enable an API that is not, and wait.
+_NO_QUESTIONS = {"CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
 _ABSENT = r"\(NotFound\)|NOT_FOUND|matched no objects|not found: 404|HTTPError 404"
 _PRESENT = r"\(AlreadyExists\)|ALREADY_EXISTS"
 
@@ -104,7 +107,16 @@ def run(command: Sequence[str], *, text: str | None = None, seconds: float = 90,
         print("$", shlex.join(command), file=sys.stderr, flush=True)
     _require(command[0])
     try:
-        done = subprocess.run(command, input=text or "", capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(
+            command,
+            input=text or "",
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            env=os.environ | _NO_QUESTIONS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return Answer(command, 124, "", f"error: timed out after {seconds:g} seconds")
     return Answer(command, done.returncode, done.stdout, done.stderr)

@@ -34,6 +34,7 @@ class Queued:
     """See `gcp.states.Backend`. shown: print what asks, too."""
 
     programs = ("gcloud",)
+    billed = "its machines, from when they are there until it is suspended or deleted"
 
     def __init__(self, job: Job, shown: bool = True):
         self.job = job
@@ -49,7 +50,7 @@ class Queued:
         state = State(
             Phase.WAITING,
             why=api.why(found),
-            since=found.get("createTime", ""),
+            made=found.get("createTime", ""),
             attempt=api.attempt_of(found),
             fingerprint=api.fingerprint_of(found),
             text=api.job_text_of(found),

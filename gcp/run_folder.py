@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from gcp.job import Job
-from gcp.programs import ProgramError, run
+from gcp.programs import run
 
 RECORD = "job.txt"  # the job's text, as it was sent
 _TAIL = 8192
@@ -68,7 +68,3 @@ class RunFolder:
             raise answer.error()
         return answer.out
 
-
-def unreadable(error: ProgramError) -> str:
-    """For a command that can do without."""
-    return f"the bucket cannot be read: {error}"

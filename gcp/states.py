@@ -24,7 +24,8 @@ class State(NamedTuple):
 
     Args:
         why, remedy: why it is in this phase, and what a person can do about it; "" where there is nothing to say.
-        since: when it came to be there, as the backend writes times.
+        since: when it came to be in it, as the backend writes times; "" where that is not known.
+        made: when the job was made.
         attempt: number of its present start. restarts: how many of them count against `max_restarts`.
         pods: how many hosts there are by what they do.
         fingerprint, text: of the job that it was made of; None where this package did not make it.
@@ -35,6 +36,7 @@ class State(NamedTuple):
     why: str = ""
     remedy: str = ""
     since: str = ""
+    made: str = ""
     attempt: int = 0
     restarts: int = 0
     pods: Mapping[str, int] = types.MappingProxyType({})
@@ -54,6 +56,7 @@ class Backend(Protocol):
     """What takes jobs: `gcp.gke`, `gcp.queued`. Errors of its programs are `ProgramError`."""
 
     programs: Sequence[str]
+    billed: str  # what costs money while the job is there
 
     def observe(self) -> State:
         """Asks; changes nothing."""

@@ -6,12 +6,14 @@ moment and started again, here or on another machine, it goes on from what the A
 """
 
 import datetime
+import functools
 import time
 
 from gcp.job import Job
 from gcp.plan import backend_of
 from gcp.programs import ProgramError
 from gcp.queued import Queued, exhausted
+from gcp.run_folder import RunFolder
 from gcp.states import AlreadyThere, Phase, State
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT
 
@@ -32,7 +34,7 @@ def watch(job: Job, *, every: float = 30, keep: bool = False) -> int:
     """
     backend = backend_of(job, shown=False)
     tell = _Teller()
-    act = _ends
+    act = functools.partial(_ends, folder=RunFolder(job, shown=False))
     if isinstance(backend, Queued):
         print(_MADE_AGAIN)
         act = _Restarter(job, backend, tell, every, keep).act
@@ -63,7 +65,11 @@ class _Teller:
         self._last = text
 
 
-def _ends(state: State) -> int | None:
+def _ends(state: State, folder: RunFolder) -> int | None:
+    """An exit code ends the loop."""
+    # A JobSet that is finished is removed after a while.
+    if state.phase is Phase.ABSENT and folder.finished() is not None:
+        return EXIT_DONE
     return {Phase.FINISHED: EXIT_DONE, Phase.FAILED: EXIT_DEFECT, Phase.ABSENT: EXIT_INPUT}.get(state.phase)
 
 
@@ -85,7 +91,7 @@ class _Restarter:
             return self._end("not made again: another start would end the same way", EXIT_DEFECT)
         if state.phase is Phase.SUSPENDED:
             return self._end("not made again: that was a person's doing", EXIT_DEFECT)
-        return _ends(state)
+        return _ends(state, self.backend.folder)
 
     def _make_again(self, state: State) -> int | None:
         if self.backend.folder.finished() is not None:

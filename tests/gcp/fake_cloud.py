@@ -37,6 +37,10 @@ EVENTS = {
         "NotTriggerScaleUp",
         "pod didn't trigger scale-up: 2 node(s) didn't match Pod's node affinity/selector",
     ),
+    "no bucket": (
+        "FailedMount",
+        'MountVolume.SetUp failed for volume "data-0": rpc error: code = PermissionDenied desc = failed to get bucket',
+    ),
     "taken": ("FailedScheduling", "0/7 nodes are available: 4 Insufficient google.com/tpu."),
 }
 # What scene -> the reason and the message of a container that waits.

@@ -265,6 +265,7 @@ def test_down_goes_on_once_it_is_told_to(cloud, command, monkeypatch):
         ("growing", "the node pool is growing"),
         ("bad image", "the image cannot be pulled"),
         ("no secret", 'secret "wandb" not found'),
+        ("no bucket", "a bucket of [data] cannot be mounted"),
     ],
 )
 def test_status_says_why_a_jobset_waits(scene, why, cloud, command):
@@ -349,6 +350,16 @@ def test_the_machines_restart_a_program_by_themselves(cloud, command):
     cloud.tick()
     code, printed = command("status", QUEUED)
     assert code == EXIT_DONE and "running" in printed and "1 of 3 used; attempt 1" in printed
+
+
+def test_a_finished_run_whose_job_is_gone_is_finished(backend, cloud, command):
+    cloud.tell(["running", "done"])
+    command("up", BACKENDS[backend])
+    cloud.tick()
+    command("down", BACKENDS[backend], "--yes")
+    for name in ("status", "watch"):
+        code, printed = command(name, BACKENDS[backend])
+        assert code == EXIT_DONE and "not there" in printed
 
 
 def test_status_of_what_is_not_there(backend, cloud, command):
@@ -584,7 +595,7 @@ def test_status_does_without_a_bucket_that_cannot_be_read(cloud, command):
     command("up", GKE)
     cloud.fail("gcloud storage", "ERROR: (gcloud.storage.cat) HTTPError 403: no storage.objects.get access.")
     code, printed = command("status", GKE)
-    assert code == EXIT_DONE and "running" in printed and "the bucket cannot be read" in printed
+    assert code == EXIT_DONE and "running" in printed and "it cannot be read" in printed
 
 
 def test_a_quota_that_is_refused_at_once_is_passed_on(cloud, command):
