@@ -14,14 +14,14 @@ anything; all of it can be printed first, with plan. gcp/README.md has the whole
 
 EPILOG = """\
 examples, in the order of a job's life:
-  python -m gcp check gcp/examples/v5e-256.toml        offline: tools, job file, manifest, config
-  python -m gcp local gcp/examples/v5e-256.toml        the same command as processes on this machine
-  python -m gcp preflight gcp/examples/v5e-256.toml    compile its training step for its slices: does it fit?
-  python -m gcp plan gcp/examples/v5e-256.toml         what would be sent, and what it costs in chip hours
-  python -m gcp up gcp/examples/v5e-256.toml           send it; a second time changes nothing
-  python -m gcp status gcp/examples/v5e-256.toml
-  python -m gcp logs gcp/examples/v5e-256.toml --follow
-  python -m gcp down gcp/examples/v5e-256.toml
+  python -m gcp check gcp/examples/v5e_256.toml
+  python -m gcp local gcp/examples/v5e_256.toml --processes 4 --run_dir runs/local
+  python -m gcp preflight gcp/examples/v5e_256.toml
+  python -m gcp plan gcp/examples/v5e_256.toml
+  python -m gcp up gcp/examples/v5e_256.toml
+  python -m gcp status gcp/examples/v5e_256.toml
+  python -m gcp logs gcp/examples/v5e_256.toml --follow
+  python -m gcp down gcp/examples/v5e_256.toml
 
 exit codes:
   0   done; for up: the job is there, or finished

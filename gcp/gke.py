@@ -150,7 +150,7 @@ class Gke:
 def _state(found: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], job: Job) -> State:
     """Of a JobSet and its pods; why it waits is not looked into."""
     metadata, status = found["metadata"], found.get("status", {})
-    conditions = {x["type"]: x for x in status.get("conditions", []) if x["status"] == "True"}
+    conditions = {x["type"]: x for x in status.get("conditions", [])}
     restarts = status.get("restarts", 0)
     phases = collections.Counter(pod["status"].get("phase", "Unknown") for pod in pods)
     state = State(
@@ -162,10 +162,10 @@ def _state(found: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], job: Job
         fingerprint=metadata.get("labels", {}).get(FINGERPRINT),
         text=metadata.get("annotations", {}).get(JOB_TEXT),
     )
-    if status.get("terminalState") == "Completed" or "Completed" in conditions:
-        return state._replace(phase=Phase.FINISHED, since=_since(conditions.get("Completed")))
-    if status.get("terminalState") == "Failed" or "Failed" in conditions:
-        condition = conditions.get("Failed", {})
+    condition = conditions.get(status.get("terminalState"), {})
+    if status.get("terminalState") == "Completed":
+        return state._replace(phase=Phase.FINISHED, since=_since(condition))
+    if status.get("terminalState") == "Failed":
         return state._replace(phase=Phase.FAILED, why=_why_failed(condition, pods, job), since=_since(condition))
     if _suspended(found):
         if job.queue:
@@ -180,8 +180,8 @@ def _state(found: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], job: Job
     return state._replace(phase=Phase.WAITING, since=state.made)
 
 
-def _since(condition: Mapping[str, Any] | None) -> str:
-    return (condition or {}).get("lastTransitionTime", "")
+def _since(condition: Mapping[str, Any]) -> str:
+    return condition.get("lastTransitionTime", "")
 
 
 def _hosts(found: Mapping[str, Any]) -> int:

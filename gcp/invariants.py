@@ -330,11 +330,7 @@ def mounts_what_it_names(manifest: Mapping) -> Iterator[str]:
 
 
 def only_reads_its_data(manifest: Mapping) -> Iterator[str]:
-    buckets = [
-        volume
-        for volume in _at(_pod(manifest), "volumes", default=[])
-        if _at(volume, "csi", "driver") == FUSE
-    ]
+    buckets = [volume for volume in _at(_pod(manifest), "volumes", default=[]) if _at(volume, "csi", "driver") == FUSE]
     for volume in buckets:
         where = f"volume {volume.get('name')}"
         yield from _equal(f"{where}: readOnly", _at(volume, "csi", "readOnly"), True)

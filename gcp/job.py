@@ -168,7 +168,8 @@ def make_job(values: Mapping[str, Any]) -> Job:
     job = Job(**{key: _plain(value, hints[key]) for key, value in values.items()})
     _check_values(job)
     # One spelling for one job, so that it has one fingerprint.
-    return dataclasses.replace(job, tpu=job.slice.name, out=job.out.rstrip("/"))
+    data = {path: folder.rstrip("/") for path, folder in job.data.items()}
+    return dataclasses.replace(job, tpu=job.slice.name, out=job.out.rstrip("/"), data=data)
 
 
 def _plain(value: Any, hint: Any) -> Any:

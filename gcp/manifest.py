@@ -14,6 +14,8 @@ Kubernetes says in one message which of a Job's pods failed and by which of the 
 DisruptionTarget matching FailJob rule at index 0", "Container program for pod NS/NAME failed with exit code 1 matching
 FailJob rule at index 1"), and JobSet takes the first of its rules that finds its pattern anywhere in it. A pod that
 matches no rule of the Job has used up the Job's `backoffLimit`, which is no reason that a rule of the JobSet names.
+The first failure that Kubernetes sees decides: hosts that leave because of another had better wait until it has been
+seen, in particular those of other slices, whose Job may end before that of the culprit, which waits for all its pods.
 
 Facts read in sources: kubernetes/pkg/controller/job/pod_failure_policy.go; jobset/pkg/controllers (failure_policy.go;
 constructJob, which puts the number of restarts on the pods' template as a label). JobSet 0.10.0 is the first one with
@@ -184,7 +186,7 @@ def _data_volumes(job: Job) -> list[dict]:
     for name, _, url in _data(job):
         bucket, _, folder = url.removeprefix("gs://").partition("/")
         # Objects lie in folders that nobody has made.
-        options = ["implicit-dirs", *([f"only-dir={folder.strip('/')}"] if folder.strip("/") else [])]
+        options = ["implicit-dirs", *([f"only-dir={folder}"] if folder else [])]
         attributes = {"bucketName": bucket, "mountOptions": ",".join(options), "hostNetworkPodKSA": "true"}
         volumes.append({"name": name, "csi": {"driver": FUSE, "readOnly": True, "volumeAttributes": attributes}})
     return volumes

@@ -20,7 +20,8 @@ from gcp.programs import Answer, ProgramError, run
 from gcp.run_folder import RECORD, RunFolder
 from gcp.states import AlreadyThere, Phase, State
 
-_RECORD = "queued_resource.json"  # in the run directory: how often the job was made again, and whether it is being
+# In the run directory: the number of the first attempt, and whether the job is being made again.
+_RECORD = "logs/queued_resource.json"
 # What the API says of requests that another one, a little later, may fare better than.
 _NO_CAPACITY = r"(?i)no more capacity|insufficient capacity|insufficient reserved|stockout|out of capacity|unavailable"
 _ENDS = {

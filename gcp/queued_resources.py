@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from gcp.job import Job
 
 FINGERPRINT, JOB_TEXT, ATTEMPT = "seqmodels-fingerprint", "seqmodels-job", "attempt"  # a label and two of metadata
-MACHINE_DIR = "/var/lib/seqmodels"
+DATA_DIR = "/var/lib/seqmodels/data"  # of a machine
 
 
 class _Script(string.Template):
@@ -48,7 +48,7 @@ image=@@image
 registry=@@registry
 run_dir=@@run_dir
 max_restarts=@@max_restarts
-machine_dir=@@machine_dir
+data_dir=@@data_dir
 # Environment variable -> secret of Secret Manager; path in the container -> folder in a bucket.
 # A $ in a value is only a $.
 # shellcheck disable=SC2016
@@ -68,13 +68,11 @@ metadata() {
 report() {
     local line="slice $slice host $host attempt $attempt: $1"
     echo "$line"
-    echo "$line" | gcloud storage cp - "$run_dir/hosts/slice-$slice-host-$host" ||
-        echo "this could not be written to $run_dir/hosts" >&2
+    echo "$line" | gcloud storage cp - "$place" || echo "this could not be written to $place" >&2
 }
 
 # For good: another boot does not start the program again.
 stop() {
-    touch "$machine_dir/stopped"
     report "exit $1, stopped${2:+: $2}"
     exit "$1"
 }
@@ -104,7 +102,7 @@ with_secrets() (
 run_container() {
     local code
     docker rm --force "$name" >/dev/null 2>&1 || true
-    with_secrets docker run --detach --name "$name" --privileged --net=host --shm-size=16g --log-driver=local \
+    with_secrets docker run --detach --name "$name" --privileged --network=host --shm-size=16g --log-driver=local \
         --stop-timeout=25 "${options[@]}" "$image" \
         python "${entry[@]}" --host "$host" --slice "$slice" --attempt "$attempt" -- "${program[@]}" \
         >/dev/null || return 125
@@ -120,18 +118,20 @@ stopped_elsewhere() {
         sed -n 1p
 }
 
-mkdir -p "$machine_dir"
 host=$(metadata agent-worker-number)
 slice=$(metadata tpu-env | sed -n "s/^MEGASCALE_SLICE_ID:[ ']*\([0-9][0-9]*\).*/\1/p")
 slice=${slice:-0}
 first=$(metadata attempt)
 attempt=$first
-if [ -e "$machine_dir/stopped" ]; then
-    echo "the program has stopped on this machine"
-    exit 0
-fi
-if [ -e "$machine_dir/attempt" ]; then
-    attempt=$(($(cat "$machine_dir/attempt") + 1))
+place=$run_dir/hosts/slice-$slice-host-$host
+# A machine that boots again, or that replaces another, goes on from what was reported before.
+last=$(gcloud storage cat "$place") || last=''
+if [[ $last =~ attempt\ ([0-9]+):\ (exit\ [0-9]+,\ stopped)? && ${BASH_REMATCH[1]} -ge $first ]]; then
+    if [ -n "${BASH_REMATCH[2]}" ]; then
+        echo "$last"
+        exit 0
+    fi
+    attempt=$((BASH_REMATCH[1] + 1))
 fi
 report "starting"
 
@@ -149,14 +149,13 @@ bring docker pull --quiet "$image" || stop 2 "cannot pull $image"
 
 # The data must fit on the machine's disk. On GKE buckets are mounted instead.
 for path in "${!data[@]}"; do
-    mkdir -p "$machine_dir/data$path"
-    bring gcloud storage rsync --recursive "${data[$path]}" "$machine_dir/data$path" ||
+    mkdir -p "$data_dir$path"
+    bring gcloud storage rsync --recursive "${data[$path]}" "$data_dir$path" ||
         stop 2 "cannot bring ${data[$path]}"
-    options+=(--mount "type=bind,source=$machine_dir/data$path,target=$path,readonly")
+    options+=(--mount "type=bind,source=$data_dir$path,target=$path,readonly")
 done
 
 while true; do
-    echo "$attempt" >"$machine_dir/attempt"
     report "running"
     code=0
     run_container || code=$?
@@ -196,7 +195,7 @@ def startup_script(job: Job) -> str:
         registry=_quote(_google_registry(job.image)),
         run_dir=_quote(job.run_dir),
         max_restarts=_quote(str(job.max_restarts)),
-        machine_dir=_quote(f"{MACHINE_DIR}/{job.name}"),
+        data_dir=_quote(DATA_DIR),
         secrets=_quote_map(job.secrets),
         data=_quote_map(job.data),
         options=_quote(*(x for key, value in job.environment.items() for x in ("--env", f"{key}={value}"))),

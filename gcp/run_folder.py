@@ -6,7 +6,8 @@ from typing import Any
 from gcp.job import Job
 from gcp.programs import run
 
-RECORD = "job.txt"  # the job's text, as it was sent
+# The job's text, as it was sent. A folder that holds anything but logs is no place for a run to begin in.
+RECORD = "logs/job.txt"
 _TAIL = 8192
 
 
@@ -51,13 +52,13 @@ class RunFolder:
         return None
 
     def newest_checkpoint(self) -> int | None:
-        """Its step. Temporary folders have other names."""
-        answer = run(["gcloud", "storage", "ls", f"{self.path}/checkpoints/"], shown=self.shown)
+        """Its step. What has no such file is still being written, or never was to the end."""
+        answer = run(["gcloud", "storage", "ls", f"{self.path}/checkpoints/*/commit_success.txt"], shown=self.shown)
         if answer.absent:
             return None
         if answer.code != 0:
             raise answer.error()
-        names = [line.rstrip("/").rpartition("/")[2] for line in answer.out.split()]
+        names = [line.split("/")[-2] for line in answer.out.split()]
         return max((int(x) for x in names if x.isdecimal()), default=None)
 
     def _cat(self, name: str, *flags: str) -> str | None:
@@ -67,4 +68,3 @@ class RunFolder:
         if answer.code != 0:
             raise answer.error()
         return answer.out
-

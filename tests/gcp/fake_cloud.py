@@ -293,10 +293,17 @@ def _pods(cloud: FakeCloud, name: str) -> list[dict]:
     hosts = replicated["template"]["spec"]["parallelism"]
     places = [(child, host) for child in range(replicated["replicas"]) for host in range(hosts)]
     scene = cloud.scenes(name)[-1]
-    if scene in EVENTS or scene in RESTARTS:
-        # Placed on nodes of their own, the others are made once the first has a node.
-        places = [place for place in places if place[1] == 0]
-    return [_pod(name, *place, scene) for place in places]
+    pods = [_pod(name, *place, scene) for place in places]
+    if scene not in EVENTS and scene not in RESTARTS:
+        return pods
+    # Placed on nodes of their own, the others are made once the first has a node.
+    pods = [_pod(name, child, 0, scene) for child in range(replicated["replicas"])]
+    if scene in RESTARTS:
+        leaving = [_pod(name, *place, "running") for place in places]
+        for pod in leaving:
+            pod["metadata"] |= {"name": f"{pod['metadata']['name']}-old", "deletionTimestamp": START}
+        pods += leaving
+    return pods
 
 
 def _pod(name: str, child: int, host: int, scene: str) -> dict:
@@ -344,12 +351,15 @@ def _events(cloud: FakeCloud, name: str) -> list[dict]:
 def gcloud(cloud: FakeCloud, words: list[str], text: str) -> str:
     names, flags = _split(words)
     if names[:2] == ["storage", "cat"]:
-        return "".join(path.read_text() for path in _matching(cloud, names[2]))
+        text = "".join(path.read_text() for path in _matching(cloud, names[2]))
+        tail = -int(flags.get("range", "0"))
+        return text[-tail:] if tail <= len(text) else ""
     if names[:2] == ["storage", "ls"]:
-        folder = cloud.file(names[2].rstrip("/"))
-        if not folder.is_dir():
+        root = cloud.folder / "buckets"
+        found = sorted(root.glob(names[2].removeprefix("gs://")))
+        if not found:
             raise Refused("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
-        return "".join(f"{names[2]}{path.name}/\n" for path in sorted(folder.iterdir()))
+        return "".join(f"gs://{path.relative_to(root)}\n" for path in found)
     if names[:2] == ["storage", "cp"]:
         assert names[2] == "-"
         cloud.file(names[3]).write_text(text)

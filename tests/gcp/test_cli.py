@@ -1,6 +1,10 @@
 """The command line against a cloud of its own: what is sent, when nothing is, and what a person is told."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
 import types
 from pathlib import Path
@@ -8,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from gcp.cli import COMMANDS, main
+from gcp.gke import Gke
 from gcp.job import make_job
+from gcp.plan import is_same_job, is_same_run
+from gcp.programs import Answer
 from gcp.queued import Queued
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
 
@@ -57,6 +64,15 @@ def text_of(job_file: str) -> str:
     return make_job(tomllib.loads(job_file)).text()
 
 
+NOT_LOGGED_IN = "ERROR: (gcloud.x) You do not currently have an active account selected.\nPlease run:\n"
+# A JobSet that waits, with lists of nothing in the same object.
+FOUND = json.dumps(
+    {
+        "metadata": {"creationTimestamp": ""},
+        "spec": {"replicatedJobs": [{"replicas": 1, "template": {"spec": {"parallelism": 4}}}]},
+        "items": [],
+    }
+)
 CREATE = {
     "gke": "kubectl create",
     "queued_resources": "gcloud compute tpus queued-resources create",
@@ -109,6 +125,24 @@ def test_kubectl_is_always_told_the_cluster_and_the_namespace(cloud, command):
     assert all("--context gke_my-project_us-west4_pods --namespace default" in call for call in calls)
 
 
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_kubectl_knows_all_flags(tmp_path):
+    """Of a cluster that is not known, it says so only after it has read the command line."""
+    gke = Gke(make_job(tomllib.loads(GKE)))
+    recorded = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gcp.gke.run", lambda command, **_: recorded.append(command) or Answer(command, 0, FOUND, ""))
+        gke.observe()
+        gke.send()
+        gke.delete()
+    recorded.append(gke.logs_command(follow=True, slice=0, host=0))
+    assert len(recorded) == 6
+    for words in [*recorded, gke.command("get", "jobset", "--no_such_flag")]:
+        environment = {"KUBECONFIG": str(tmp_path / "none"), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        said = subprocess.run(words, env=environment, input="", capture_output=True, text=True, check=False).stderr
+        assert ("unknown flag" if "--no_such_flag" in words else f'context "{gke.context}" does not exist') in said
+
+
 def test_a_key_that_only_a_person_reads_may_change(backend, cloud, command):
     command("up", BACKENDS[backend])
     cloud.calls.clear()
@@ -144,7 +178,7 @@ def test_another_job_may_take_the_name_of_one_that_trained_nothing(backend, clou
     command("down", BACKENDS[backend], "--yes")
     other = BACKENDS[backend].replace("steps=100", "steps=200")
     assert command("up", other)[0] == EXIT_DONE
-    assert "steps=200" in cloud.file(f"{RUN}/job.txt").read_text()
+    assert "steps=200" in cloud.file(f"{RUN}/logs/job.txt").read_text()
 
 
 def test_other_machines_go_on_with_a_run_only_when_asked_to(backend, cloud, command):
@@ -187,7 +221,7 @@ def test_another_job_that_somebody_makes_meanwhile_is_refused(cloud, command):
     cloud.race(text_of(GKE.replace("steps=100", "steps=200")))
     code, printed = command("up", GKE)
     assert code == EXIT_INPUT and "-gin" in printed
-    assert "steps=200" in cloud.file(f"{RUN}/job.txt").read_text()
+    assert "steps=200" in cloud.file(f"{RUN}/logs/job.txt").read_text()
 
 
 def test_a_failed_job_is_sent_again_only_when_asked_to(backend, cloud, command):
@@ -204,11 +238,49 @@ def test_a_failed_job_is_sent_again_only_when_asked_to(backend, cloud, command):
     assert code == EXIT_DONE and "running" in printed
 
 
-def test_again_leaves_a_job_that_runs(backend, cloud, command):
+@pytest.mark.parametrize("scene", ["running", "done"])
+def test_again_leaves_a_job_that_runs_or_is_finished(scene, backend, cloud, command):
+    cloud.tell(["running", scene])
     command("up", BACKENDS[backend])
+    cloud.tick()
     cloud.calls.clear()
     assert command("up", BACKENDS[backend], "--again")[0] == EXIT_DONE
     assert not cloud.sent()
+
+
+def test_what_hosts_said_before_is_not_taken_for_what_they_do_now(cloud, command):
+    cloud.tell(["running", "bug"], ["booting"])
+    command("up", QUEUED)
+    cloud.tick()
+    command("up", QUEUED, "--again")
+    code, printed = command("status", QUEUED)
+    assert code == EXIT_DONE and "state        waiting" in printed and "4 silent" in printed
+
+
+def test_what_may_change_when_a_run_goes_on():
+    text = text_of(GKE)
+    changes = {
+        "config": ("quickstart", "base"),
+        "gin": ("steps=100", "steps=200"),
+        "out": ("my-bucket", "other-bucket"),
+        "tpu": ("v5e-16", "v5e-32"),
+        "image": ("0" * 64, "1" * 64),
+        "capacity": ("spot", "on-demand"),
+    }
+    added = {
+        "slices": "slices = 2",
+        "program": 'program = "other.py"',
+        "data": '[data]\n"/data" = "gs://my-bucket/data"',
+        "env": '[env]\nX = "1"',
+        "namespace": 'namespace = "team"',
+        "hours": "hours = 3",
+    }
+    others = {key: text_of(GKE.replace(*change)) for key, change in changes.items()}
+    others |= {key: text_of(f"{GKE}{line}\n") for key, line in added.items()}
+    assert {key for key, other in others.items() if not is_same_run(text, other)} == {
+        *("config", "gin", "out", "slices", "program", "data")
+    }
+    assert {key for key, other in others.items() if is_same_job(text, other)} == {"hours"}
 
 
 # Taking down
@@ -276,6 +348,14 @@ def test_status_says_why_a_jobset_waits(scene, why, cloud, command):
     assert "state        waiting" in printed and why in printed
 
 
+def test_what_other_jobs_wait_for_is_not_told(cloud, command):
+    cloud.tell(["no capacity"], ["quota"])
+    command("up", GKE)
+    command("up", GKE.replace('"gla"', '"gla-b"'))
+    _, printed = command("status", GKE)
+    assert "no capacity" in printed and "quota" not in printed
+
+
 @pytest.mark.parametrize(
     "scene, why",
     [
@@ -308,8 +388,8 @@ def test_status_shows_hosts_steps_and_checkpoints(backend, cloud, command):
     rows = [{"step": step, "loss": 3 - step / 100} for step in range(10, 90, 10)] + [{"step": 80, "eval/loss": 1.0}]
     lines = [json.dumps(row) for row in rows]
     cloud.file(f"{RUN}/metrics.jsonl").write_text("\n".join([*lines, '{"step": 9']))
-    for name in ("50", "75", "80.orbax-checkpoint-tmp"):
-        cloud.file(f"{RUN}/checkpoints/{name}").mkdir()
+    for name in ("9/commit_success.txt", "75/commit_success.txt", "80/record", "damaged-78/commit_success.txt"):
+        cloud.file(f"{RUN}/checkpoints/{name}").touch()
     code, printed = command("status", BACKENDS[backend])
     assert code == EXIT_DONE
     assert "running" in printed and "4 " in printed and "0 of 3 used" in printed
@@ -360,6 +440,14 @@ def test_a_finished_run_whose_job_is_gone_is_finished(backend, cloud, command):
     for name in ("status", "watch"):
         code, printed = command(name, BACKENDS[backend])
         assert code == EXIT_DONE and "not there" in printed
+
+
+def test_the_host_whose_program_was_at_fault_is_named(cloud, command):
+    command("up", QUEUED)
+    for host, text in enumerate(["exit 137, stopped: no restarts are left", "exit 1, stopped"]):
+        cloud.file(f"{RUN}/hosts/slice-0-host-{host}").write_text(f"slice 0 host {host} attempt 0: {text}\n")
+    code, printed = command("status", QUEUED)
+    assert code == EXIT_DEFECT and "host 1 attempt 0: exit 1, stopped: a defect" in printed
 
 
 def test_status_of_what_is_not_there(backend, cloud, command):
@@ -442,6 +530,14 @@ def test_pauses_grow_while_there_is_no_capacity(cloud, command):
     command("up", QUEUED)
     assert command("watch", QUEUED)[0] == EXIT_DONE
     assert [x for x in cloud.waited if x > 30] == [60, 120]
+
+
+def test_pauses_are_short_again_once_there_was_capacity(cloud, command):
+    lost = ["running", "running", "SUSPENDED"]
+    cloud.tell(lost, ["no capacity"], lost, ["no capacity"], ["running", "done"])
+    command("up", QUEUED)
+    assert command("watch", QUEUED)[0] == EXIT_DONE
+    assert set(cloud.waited) == {30}
 
 
 def test_a_request_that_is_refused_for_want_of_machines_is_made_again(cloud, command):
@@ -550,6 +646,14 @@ def test_a_watch_outlives_a_network_that_is_away(error, backend, cloud, command)
     assert code == EXIT_DONE and printed.count("no answer, trying on") == 1
 
 
+def test_a_watch_ends_where_waiting_does_not_help(cloud, command):
+    command("up", GKE)
+    cloud.fail("kubectl", f"{NOT_LOGGED_IN}\nUnable to connect to the server: getting credentials")
+    code, printed = command("watch", GKE)
+    assert code == EXIT_INPUT and "gcloud auth login" in printed
+    assert not cloud.waited
+
+
 # What can be wrong with this machine, and with one's rights
 
 
@@ -558,9 +662,6 @@ def test_a_program_that_is_missing_is_named_with_how_to_get_it(cloud, command):
     code, printed = command("up", GKE)
     assert code == EXIT_INPUT and "kubectl is not on PATH" in printed and "gcloud components install" in printed
     assert not cloud.calls
-
-
-NOT_LOGGED_IN = "ERROR: (gcloud.x) You do not currently have an active account selected.\nPlease run:\n"
 
 
 @pytest.mark.parametrize(
@@ -671,9 +772,6 @@ def test_a_job_file_that_is_wrong_is_refused_by_every_command(cloud, command):
 
 def test_the_command_line_starts_without_jax():
     """On a laptop it is to start in a blink."""
-    import subprocess
-    import sys
-
     program = "import sys, gcp.cli, gcp.submit, gcp.status, gcp.watch, gcp.checks; sys.exit('jax' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
