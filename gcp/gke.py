@@ -33,8 +33,9 @@ _REASONS = (
     (r"CreateContainerConfigError", "the container cannot be configured", "look at the names under [secrets]"),
     (
         r"didn't match Pod's node affinity|didn't match Pod's node selector",
-        "no node pool has {label} nodes with topology {topology}{spot}",
-        "make one (gcp/README.md), or name the slice that there is as `tpu`",
+        "there are no {label} nodes with topology {topology}{spot}",
+        "if they were taken back, it starts by itself once there are others; else make a node pool (gcp/README.md), or "
+        "name the slice that there is as `tpu`",
     ),
     (
         r"Insufficient google\.com/tpu",
@@ -52,6 +53,7 @@ _EXITS = {
     1: "a defect: the program ended with 1, and its log with a traceback",
     2: "a wrong input: the program ended with 2, and its log with a line that says which",
 }
+_MEND = "`logs` shows it; once that is mended, `up --again` goes on from the last checkpoint"
 # Reasons of events, in the order in which they tell more.
 _TELLING = (
     ("FailedMount", "FailedAttachVolume"),
@@ -166,7 +168,8 @@ def _state(found: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], job: Job
     if status.get("terminalState") == "Completed":
         return state._replace(phase=Phase.FINISHED, since=_since(condition))
     if status.get("terminalState") == "Failed":
-        return state._replace(phase=Phase.FAILED, why=_why_failed(condition, pods, job), since=_since(condition))
+        why = _why_failed(condition, pods, job)
+        return state._replace(phase=Phase.FAILED, why=why, remedy=_MEND, since=_since(condition))
     if _suspended(found):
         if job.queue:
             return state._replace(phase=Phase.WAITING, why=f"the queue {job.queue} has not admitted it")
@@ -176,7 +179,7 @@ def _state(found: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], job: Job
         return state._replace(since=max(started, default=""))
     if restarts:
         condition = conditions.get("RestartingJobSet", {})
-        return state._replace(phase=Phase.RESTARTING, why=condition.get("message", ""), since=_since(condition))
+        return state._replace(phase=Phase.RESTARTING, why=_why_restarting(condition), since=_since(condition))
     return state._replace(phase=Phase.WAITING, since=state.made)
 
 
@@ -199,6 +202,13 @@ def _why_failed(condition: Mapping[str, Any], pods: Iterable[Mapping[str, Any]],
     codes = {x.get("terminated", {}).get("exitCode") for pod in pods for x in _container_states(pod, CONTAINER)}
     known = next((does for code, does in _EXITS.items() if code in codes), None)
     return known or condition.get("message", "the JobSet does not say why")
+
+
+def _why_restarting(condition: Mapping[str, Any]) -> str:
+    message = condition.get("message", "")
+    counts = "IgnoreMaxRestarts" not in message
+    why = "a host was lost, or asked for a restart" if counts else "a machine was taken back, which does not count"
+    return f"{why} ({message})"
 
 
 def _why_waiting(pods: Sequence[Mapping[str, Any]], events: Iterable[Mapping[str, Any]], job: Job) -> tuple[str, str]:

@@ -16,9 +16,6 @@ class Phase(enum.Enum):
     FAILED = "failed"
 
 
-ENDED = (Phase.SUSPENDED, Phase.FINISHED, Phase.FAILED)
-
-
 class State(NamedTuple):
     """What a backend says of a job.
 

@@ -8,7 +8,7 @@ from gcp.manifest import jobset
 from gcp.plan import backend_of, cost, is_same_job, is_same_run
 from gcp.programs import missing
 from gcp.run_folder import RECORD, RunFolder
-from gcp.states import ENDED, AlreadyThere, Phase, State
+from gcp.states import AlreadyThere, Phase, State
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
 
 
@@ -24,11 +24,11 @@ def up(job: Job, *, resume: bool = False, again: bool = False) -> int:
     refuse_impossible(job)
     backend, folder = backend_of(job), RunFolder(job)
     state = backend.observe()
-    if state.phase in ENDED and again and state.phase is not Phase.FINISHED:
+    if state.phase is not Phase.ABSENT:
+        if not (again and _may_replace(job, state, resume)):
+            return _there(job, state)
         print(f"{job.name} is {state}; deleting it to send it again")
         backend.delete()
-    elif state.phase is not Phase.ABSENT:
-        return _there(job, state)
 
     recorded = folder.read(RECORD)
     if recorded is not None and not is_same_job(recorded, job.text()):
@@ -61,6 +61,8 @@ def down(job: Job, *, yes: bool = False) -> int:
     state = backend.observe()
     if state.phase is Phase.ABSENT:
         print(f"{job.name} is not there; nothing to take down")
+    elif state.text is None:
+        raise InputError(f"{job.name} is there, and was not made by `up`: whoever made it may take it down")
     else:
         _confirm(f"{job.name} is {state}. Take it down? The run directory {job.run_dir} stays.", yes)
         backend.delete()
@@ -78,6 +80,12 @@ def refuse_impossible(job: Job) -> None:
         raise InputError("; ".join(problems))
 
 
+def _may_replace(job: Job, state: State, resume: bool) -> bool:
+    if state.phase not in (Phase.FAILED, Phase.SUSPENDED) or state.text is None:
+        return False
+    return is_same_job(state.text, job.text()) or (resume and is_same_run(state.text, job.text()))
+
+
 def _there(job: Job, state: State) -> int:
     """The job's name is taken: by this job, or by another."""
     if state.text is None:
@@ -86,7 +94,7 @@ def _there(job: Job, state: State) -> int:
         if is_same_run(state.text, job.text()):
             way = "`down` first, then `up --resume` goes on with the run as the job file has it"
         else:
-            way = "take another name, or `down` first and another `out`"
+            way = "take another name"
         return _refuse(job, state.text, f"{job.name} is there ({state}) with another job file; {way}")
     print(f"{job.name} is already there: {state}; nothing sent")
     if state.phase in (Phase.FAILED, Phase.SUSPENDED):

@@ -10,12 +10,12 @@ import functools
 import time
 
 from gcp.job import Job
-from gcp.plan import backend_of
+from gcp.plan import backend_of, is_same_job
 from gcp.programs import ProgramError
 from gcp.queued import Queued, exhausted
 from gcp.run_folder import RunFolder
 from gcp.states import AlreadyThere, Phase, State
-from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT
+from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
 
 _LONGEST_PAUSE = 30 * 60
 _MADE_AGAIN = """\
@@ -81,6 +81,8 @@ class _Restarter:
         self.pause = every  # before the next request, while there is no capacity
 
     def act(self, state: State) -> int | None:
+        if state.phase is not Phase.ABSENT and (state.text is None or not is_same_job(state.text, self.job.text())):
+            raise InputError(f"{self.job.name} is there, and was not made from this job file; `up` shows what differs")
         if state.phase is Phase.RUNNING:
             self.pause = self.every
         if state.lost:

@@ -293,7 +293,7 @@ def _pods(cloud: FakeCloud, name: str) -> list[dict]:
     hosts = replicated["template"]["spec"]["parallelism"]
     places = [(child, host) for child in range(replicated["replicas"]) for host in range(hosts)]
     scene = cloud.scenes(name)[-1]
-    pods = [_pod(name, *place, scene) for place in places]
+    pods = [_pod(name, *place, "running" if scene == "starting" and place[1] else scene) for place in places]
     if scene not in EVENTS and scene not in RESTARTS:
         return pods
     # Placed on nodes of their own, the others are made once the first has a node.
@@ -312,6 +312,8 @@ def _pod(name: str, child: int, host: int, scene: str) -> dict:
         phase, state = "Pending", {"waiting": dict(zip(("reason", "message"), CONTAINERS[scene]))}
     elif scene in EVENTS or scene in RESTARTS:
         phase, state = "Pending", None
+    elif scene == "starting":
+        phase, state = "Pending", {"waiting": {"reason": "ContainerCreating"}}
     elif scene == "done":
         phase, state = "Succeeded", {"terminated": {"exitCode": 0, "reason": "Completed"}}
     elif scene in EXITS:

@@ -248,6 +248,31 @@ def test_again_leaves_a_job_that_runs_or_is_finished(scene, backend, cloud, comm
     assert not cloud.sent()
 
 
+def test_again_leaves_a_failed_job_of_another_file(backend, cloud, command):
+    cloud.tell(["running", "bug"])
+    command("up", BACKENDS[backend])
+    cloud.tick()
+    cloud.calls.clear()
+    for text in (BACKENDS[backend].replace("steps=100", "steps=200"), BACKENDS[backend].replace("v5e-16", "v5e-32")):
+        assert command("up", text, "--again")[0] == EXIT_INPUT
+    assert not cloud.sent()
+    other_machines = BACKENDS[backend].replace("v5e-16", "v5e-32")
+    assert command("up", other_machines, "--again", "--resume")[0] == EXIT_DONE
+
+
+def test_what_up_did_not_make_is_left_alone(backend, cloud, command):
+    command("up", BACKENDS[backend])
+    if backend == "gke":
+        del cloud.jobs["gla"]["manifest"]["metadata"]["annotations"]
+    else:
+        del cloud.jobs["gla"]["node"]["metadata"]
+    cloud.calls.clear()
+    for name, *flags in (["up"], ["up", "--again"], ["down", "--yes"]):
+        code, printed = command(name, BACKENDS[backend], *flags)
+        assert code == EXIT_INPUT and "not made by `up`" in printed
+    assert not cloud.sent()
+
+
 def test_what_hosts_said_before_is_not_taken_for_what_they_do_now(cloud, command):
     cloud.tell(["running", "bug"], ["booting"])
     command("up", QUEUED)
@@ -332,9 +357,10 @@ def test_down_goes_on_once_it_is_told_to(cloud, command, monkeypatch):
     [
         ("no capacity", "no capacity: there are no free spot ct5lp-hightpu-4t machines"),
         ("quota", "no quota for 16 chips of v5e"),
-        ("wrong topology", "no node pool has tpu-v5-lite-podslice nodes with topology 4x4 and capacity spot"),
+        ("wrong topology", "there are no tpu-v5-lite-podslice nodes with topology 4x4 and capacity spot"),
         ("taken", "all TPUs of the node pool are taken"),
         ("growing", "the node pool is growing"),
+        ("starting", "its containers are being made"),
         ("bad image", "the image cannot be pulled"),
         ("no secret", 'secret "wandb" not found'),
         ("no bucket", "a bucket of [data] cannot be mounted"),
@@ -396,14 +422,16 @@ def test_status_shows_hosts_steps_and_checkpoints(backend, cloud, command):
     assert "to step 80, loss 2.2" in printed and "of step 75" in printed
 
 
-@pytest.mark.parametrize("scene, used", [("preempted", 0), ("host lost", 1)])
-def test_status_tells_restarts_that_count_from_those_that_do_not(scene, used, cloud, command):
+@pytest.mark.parametrize(
+    "scene, used, why", [("preempted", 0, "a machine was taken back"), ("host lost", 1, "a host was lost")]
+)
+def test_status_tells_restarts_that_count_from_those_that_do_not(scene, used, why, cloud, command):
     cloud.tell(["running", scene, "running"])
     command("up", GKE)
     cloud.tick()
     _, printed = command("status", GKE)
-    assert "restarting" in printed and "failure policy action" in printed
-    assert "no node pool" in printed, "what it waits for now"
+    assert "restarting" in printed and why in printed
+    assert "there are no tpu-v5-lite-podslice nodes" in printed, "what it waits for now"
     cloud.tick()
     _, printed = command("status", GKE)
     assert "running" in printed and f"{used} of 3 used; attempt 1" in printed
@@ -644,6 +672,15 @@ def test_a_watch_outlives_a_network_that_is_away(error, backend, cloud, command)
     cloud.fail(ASKS[backend], error, times=4)
     code, printed = command("watch", BACKENDS[backend])
     assert code == EXIT_DONE and printed.count("no answer, trying on") == 1
+
+
+def test_a_watch_makes_nothing_of_another_job_file(cloud, command):
+    cloud.tell(["running", "SUSPENDED"])
+    command("up", QUEUED)
+    cloud.calls.clear()
+    code, printed = command("watch", QUEUED.replace("v5e-16", "v5e-32"))
+    assert code == EXIT_INPUT and "was not made from this job file" in printed
+    assert not cloud.sent()
 
 
 def test_a_watch_ends_where_waiting_does_not_help(cloud, command):
