@@ -10,7 +10,7 @@ from typing import Any
 from gcp.job import Job
 from gcp.manifest import CONTAINER, FINGERPRINT, JOB_TEXT, jobset, to_yaml
 from gcp.programs import Answer, run
-from gcp.states import AlreadyThere, Phase, State
+from gcp.states import MEND, AlreadyThere, Phase, State
 
 # What events and containers say -> (why, what to do). `{...}` are attributes of the job and its slice.
 _REASONS = (
@@ -53,7 +53,6 @@ _EXITS = {
     1: "a defect: the program ended with 1, and its log with a traceback",
     2: "a wrong input: the program ended with 2, and its log with a line that says which",
 }
-_MEND = "`logs` shows it; once that is mended, `up --again` goes on from the last checkpoint"
 # Reasons of events, in the order in which they tell more.
 _TELLING = (
     ("FailedMount", "FailedAttachVolume"),
@@ -169,7 +168,7 @@ def _state(found: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], job: Job
         return state._replace(phase=Phase.FINISHED, since=_since(condition))
     if status.get("terminalState") == "Failed":
         why = _why_failed(condition, pods, job)
-        return state._replace(phase=Phase.FAILED, why=why, remedy=_MEND, since=_since(condition))
+        return state._replace(phase=Phase.FAILED, why=why, remedy=MEND, since=_since(condition))
     if _suspended(found):
         if job.queue:
             return state._replace(phase=Phase.WAITING, why=f"the queue {job.queue} has not admitted it")

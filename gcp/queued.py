@@ -18,12 +18,13 @@ from gcp import queued_resources as api
 from gcp.job import Job
 from gcp.programs import Answer, ProgramError, run
 from gcp.run_folder import RECORD, RunFolder
-from gcp.states import AlreadyThere, Phase, State
+from gcp.states import MEND, AlreadyThere, Phase, State
 
 # In the run directory: the number of the first attempt, and whether the job is being made again.
 _RECORD = "logs/queued_resource.json"
 # What the API says of requests that another one, a little later, may fare better than.
 _NO_CAPACITY = r"(?i)no more capacity|insufficient capacity|insufficient reserved|stockout|out of capacity|unavailable"
+_WATCH = "`watch` deletes it and makes it again, as long as that runs"
 _ENDS = {
     0: "it ended, and left no DONE in the run directory",
     1: "a defect: the program's log ends with a traceback",
@@ -62,10 +63,10 @@ class Queued:
             state = state._replace(restarts=state.attempt - self._first_attempt())
         if word == "SUSPENDED":
             by_user = found["state"].get("stateInitiator") == "USER"
-            return state._replace(phase=Phase.SUSPENDED, lost=not by_user)
+            return state._replace(phase=Phase.SUSPENDED, lost=not by_user, remedy="" if by_user else _WATCH)
         if word == "FAILED":
             lost = no_capacity(state.why)
-            remedy = "" if lost else "another request fares no better until that is mended"
+            remedy = _WATCH if lost else "another request fares no better until that is mended"
             return state._replace(phase=Phase.FAILED, lost=lost, remedy=remedy)
         return state
 
@@ -145,8 +146,8 @@ class Queued:
     def _absent(self) -> State:
         if not self._recorded().get("replacing"):
             return State(Phase.ABSENT)
-        why = "it is deleted, to be made again, which `watch` goes on with"
-        return State(Phase.RESTARTING, why=why, text=self.folder.read(RECORD), lost=True)
+        text = self.folder.read(RECORD)
+        return State(Phase.RESTARTING, why="it is deleted, to be made again", remedy=_WATCH, text=text, lost=True)
 
     def _active(self, state: State) -> State:
         """The machines are there; what they do stands in the bucket."""
@@ -166,12 +167,12 @@ class Queued:
         bad = sorted((x for x in stopped if x.code != 0), key=lambda x: x.code not in (1, 2))
         if bad:
             why = f"{bad[0].text}: {_ENDS.get(bad[0].code, 'it has used its restarts')}"
-            return state._replace(phase=Phase.FAILED, why=why)
+            return state._replace(phase=Phase.FAILED, why=why, remedy=MEND)
         if stopped:
             if self.folder.finished() is not None:
                 return state._replace(phase=Phase.FINISHED)
             if len(stopped) == self.job.hosts:
-                return state._replace(phase=Phase.FAILED, why=_ENDS[0])
+                return state._replace(phase=Phase.FAILED, why=_ENDS[0], remedy=MEND)
         if any(x.code is not None and not x.stopped and x.attempt == attempt for x in own):
             return state._replace(phase=Phase.RESTARTING, why=next(x.text for x in own if x.code is not None))
         if said["running"] < self.job.hosts and not stopped:

@@ -16,6 +16,10 @@ class Phase(enum.Enum):
     FAILED = "failed"
 
 
+# What to do about a job that has failed by what its program did.
+MEND = "`logs` shows more; once that is mended, `up --again` goes on from the last checkpoint"
+
+
 class State(NamedTuple):
     """What a backend says of a job.
 

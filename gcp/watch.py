@@ -102,7 +102,8 @@ class _Restarter:
             return self._end(f"not made again: all {self.job.max_restarts} restarts are used", EXIT_DEFECT)
         if state.phase is Phase.FAILED:
             self._wait_for_capacity()
-        while True:
+        # It may have been taken down, or made again by another watch, while this one waited.
+        while self.backend.observe().lost:
             self.tell("deleting it, and making it again")
             try:
                 self.backend.replace()
@@ -113,8 +114,7 @@ class _Restarter:
                     raise
                 self.tell(f"refused: {error}")
                 self._wait_for_capacity()
-                continue
-            return None
+        return None
 
     def _wait_for_capacity(self) -> None:
         self.tell(f"asking again in {self.pause:.0f} seconds")

@@ -644,6 +644,23 @@ def test_what_is_taken_down_while_it_is_being_made_again_stays_down(cloud, comma
     assert not cloud.jobs
 
 
+def test_what_is_taken_down_while_a_watch_waits_for_capacity_stays_down(cloud, command, monkeypatch):
+    cloud.tell(["running", "SUSPENDED"])
+    command("up", QUEUED)
+    refusal = "ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: no more capacity"
+    cloud.fail(CREATE["queued_resources"], refusal)
+
+    def sleep(seconds: float) -> None:
+        cloud.tick()
+        if cloud.calls[-1].startswith(CREATE["queued_resources"]):
+            cloud.faults.clear()
+            command("down", QUEUED, "--yes")
+
+    monkeypatch.setattr("gcp.watch.time", types.SimpleNamespace(sleep=sleep))
+    assert command("watch", QUEUED)[0] == EXIT_INPUT
+    assert not cloud.jobs
+
+
 def test_a_job_that_is_sent_again_starts_with_all_its_restarts(cloud, command):
     cloud.tell(["running", "SUSPENDED"])
     command("up", QUEUED)
