@@ -107,8 +107,9 @@ class _Restarter:
             self.tell("deleting it, and making it again")
             try:
                 self.backend.replace()
+                return None
             except AlreadyThere:
-                pass  # Another watch was quicker.
+                return None  # Another watch was quicker.
             except ProgramError as error:
                 if not exhausted(str(error)):
                     raise
