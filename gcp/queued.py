@@ -23,7 +23,10 @@ from gcp.states import MEND, AlreadyThere, Phase, State
 # In the run directory: the number of the first attempt, and whether the job is being made again.
 _RECORD = "logs/queued_resource.json"
 # What the API says of requests that another one, a little later, may fare better than.
-_NO_CAPACITY = r"(?i)no more capacity|insufficient capacity|insufficient reserved|stockout|out of capacity|unavailable"
+_NO_CAPACITY = (
+    r"(?i)no more capacity|insufficient capacity|insufficient reserved|stockout|out of capacity|unavailable"
+    r"|internal error"
+)
 _WATCH = "`watch` deletes it and makes it again, as long as that runs"
 _ENDS = {
     0: "it ended, and left no DONE in the run directory",
@@ -173,8 +176,9 @@ class Queued:
                 return state._replace(phase=Phase.FINISHED)
             if len(stopped) == self.job.hosts:
                 return state._replace(phase=Phase.FAILED, why=_ENDS[0], remedy=MEND)
-        if any(x.code is not None and not x.stopped and x.attempt == attempt for x in own):
-            return state._replace(phase=Phase.RESTARTING, why=next(x.text for x in own if x.code is not None))
+        ended = [x for x in own if x.code is not None and not x.stopped and x.attempt == attempt]
+        if ended:
+            return state._replace(phase=Phase.RESTARTING, why=ended[0].text)
         if said["running"] < self.job.hosts and not stopped:
             return state._replace(
                 phase=Phase.WAITING,
@@ -192,7 +196,7 @@ class Queued:
 
 
 def no_capacity(text: str) -> bool:
-    """Whether an error of the API says that there are no free machines now."""
+    """Whether an error of the API says that there are no free machines now, or nothing at all."""
     return re.search(_NO_CAPACITY, text) is not None and not re.search(r"(?i)quota", text)
 
 

@@ -260,7 +260,9 @@ def test_again_leaves_a_failed_job_of_another_file(backend, cloud, command):
     assert command("up", other_machines, "--again", "--resume")[0] == EXIT_DONE
 
 
-def test_what_up_did_not_make_is_left_alone(backend, cloud, command):
+@pytest.mark.parametrize("scene", ["running", "bug"])
+def test_what_up_did_not_make_is_left_alone(scene, backend, cloud, command):
+    cloud.tell([scene])
     command("up", BACKENDS[backend])
     if backend == "gke":
         del cloud.jobs["gla"]["manifest"]["metadata"]["annotations"]
@@ -468,6 +470,15 @@ def test_a_finished_run_whose_job_is_gone_is_finished(backend, cloud, command):
     for name in ("status", "watch"):
         code, printed = command(name, BACKENDS[backend])
         assert code == EXIT_DONE and "not there" in printed
+
+
+@pytest.mark.parametrize("hosts, state", [(1, "running"), (4, "failed")])
+def test_programs_that_end_and_leave_no_finished_run(hosts, state, cloud, command):
+    command("up", QUEUED)
+    for host in range(hosts):
+        cloud.file(f"{RUN}/hosts/slice-0-host-{host}").write_text(f"slice 0 host {host} attempt 0: exit 0, stopped\n")
+    _, printed = command("status", QUEUED)
+    assert f"state        {state}" in printed
 
 
 def test_the_host_whose_program_was_at_fault_is_named(cloud, command):
