@@ -41,17 +41,7 @@ def make_mesh(
     Raises `InputError` when the sizes do not multiply to the number of devices, or slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes, count = [data, fsdp, seq, tensor], len(devices)
-    asked = describe_mesh(dict(zip(MESH_AXES, sizes)))
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise InputError(f"mesh ({asked}): sizes are positive, and at most one of them is -1")
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
-    if math.prod(sizes) != count:
-        raise InputError(f"mesh ({asked}) does not fit {count} devices: the sizes must multiply to {count}")
-    if slices < 1 or sizes[0] % slices:
-        raise InputError(f"mesh ({asked}): slices={slices} does not divide data={sizes[0]}")
+    sizes = tuple(mesh_sizes(len(devices), data, fsdp, seq, tensor, slices).values())
     inner = (sizes[0] // slices, *sizes[1:])
     if slices == 1:
         # Where an axis of the mesh matches no axes of the network, as 64 on 16 x 16, it takes a part of one.
@@ -64,6 +54,22 @@ def make_mesh(
         placed = np.array(devices).reshape(sizes)
     # Auto axes: the default (Explicit) refuses the partitioning annotations of linen modules.
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_sizes(count: int, data: int, fsdp: int, seq: int, tensor: int, slices: int) -> dict[str, int]:
+    """Devices along each axis where there are `count` of them; raises as `make_mesh` does."""
+    sizes = [data, fsdp, seq, tensor]
+    asked = describe_mesh(dict(zip(MESH_AXES, sizes)))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise InputError(f"mesh ({asked}): sizes are positive, and at most one of them is -1")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count:
+        raise InputError(f"mesh ({asked}) does not fit {count} devices: the sizes must multiply to {count}")
+    if slices < 1 or sizes[0] % slices:
+        raise InputError(f"mesh ({asked}): slices={slices} does not divide data={sizes[0]}")
+    return dict(zip(MESH_AXES, sizes))
 
 
 def describe_mesh(sizes: Mapping[str, int]) -> str:
