@@ -114,7 +114,7 @@ run_container() {
 # What another host of these machines reported when it stopped without being done. It does not come back, and this one
 # would wait for it in vain.
 stopped_elsewhere() {
-    gcloud storage cat "$run_dir/hosts/*" | awk -v first="$first" '$6 + 0 >= first && / exit [1-9][0-9]*, stopped/' |
+    gcloud storage cat "$run_dir/logs/hosts/*" | awk -v first="$first" '$6 + 0 >= first && / exit [1-9][0-9]*, stopped/' |
         sed -n 1p
 }
 
@@ -123,7 +123,7 @@ slice=$(metadata tpu-env | sed -n "s/^MEGASCALE_SLICE_ID:[ ']*\([0-9][0-9]*\).*/
 slice=${slice:-0}
 first=$(metadata attempt)
 attempt=$first
-place=$run_dir/hosts/slice-$slice-host-$host
+place=$run_dir/logs/hosts/slice-$slice-host-$host
 # A machine that boots again, or that replaces another, goes on from what was reported before.
 last=$(gcloud storage cat "$place") || last=''
 if [[ $last =~ attempt\ ([0-9]+):\ (exit\ [0-9]+,\ stopped)? && ${BASH_REMATCH[1]} -ge $first ]]; then
@@ -269,7 +269,7 @@ def logs_command(job: Job, follow: bool = False, slice: int = 0, host: int = 0) 
 
 def hosts_command(job: Job) -> list[str]:
     """Prints where the hosts stand, for `host_reports`. Fails where none has said anything yet."""
-    return ["gcloud", "storage", "cat", f"{job.run_dir}/hosts/*"]
+    return ["gcloud", "storage", "cat", f"{job.run_dir}/logs/hosts/*"]
 
 
 def _gcloud(job: Job, verb: str, *names: str, alpha: bool = False) -> list[str]:

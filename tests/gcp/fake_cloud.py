@@ -191,7 +191,7 @@ class FakeCloud:
             job["attempt"] += 1
         for host in range(job["hosts"]):
             text = f"exit {EXITS[scene]}, stopped" if scene in EXITS and host == 0 else said[scene]
-            report = self.file(f"{job['run']}/hosts/slice-0-host-{host}")
+            report = self.file(f"{job['run']}/logs/hosts/slice-0-host-{host}")
             report.write_text(f"slice 0 host {host} attempt {job['attempt']}: {text}\n")
 
 

@@ -476,7 +476,7 @@ def test_a_finished_run_whose_job_is_gone_is_finished(backend, cloud, command):
 def test_programs_that_end_and_leave_no_finished_run(hosts, state, cloud, command):
     command("up", QUEUED)
     for host in range(hosts):
-        cloud.file(f"{RUN}/hosts/slice-0-host-{host}").write_text(f"slice 0 host {host} attempt 0: exit 0, stopped\n")
+        cloud.file(f"{RUN}/logs/hosts/slice-0-host-{host}").write_text(f"slice 0 host {host} attempt 0: exit 0, stopped\n")
     _, printed = command("status", QUEUED)
     assert f"state        {state}" in printed
 
@@ -484,7 +484,7 @@ def test_programs_that_end_and_leave_no_finished_run(hosts, state, cloud, comman
 def test_the_host_whose_program_was_at_fault_is_named(cloud, command):
     command("up", QUEUED)
     for host, text in enumerate(["exit 137, stopped: no restarts are left", "exit 1, stopped"]):
-        cloud.file(f"{RUN}/hosts/slice-0-host-{host}").write_text(f"slice 0 host {host} attempt 0: {text}\n")
+        cloud.file(f"{RUN}/logs/hosts/slice-0-host-{host}").write_text(f"slice 0 host {host} attempt 0: {text}\n")
     code, printed = command("status", QUEUED)
     assert code == EXIT_DEFECT and "host 1 attempt 0: exit 1, stopped: a defect" in printed
 

@@ -393,7 +393,7 @@ class TestBoot:
         assert place == ["--host", "3", "--slice", slice, "--attempt", "6"]
         assert boot.argvs("gcloud", "storage", "cp")[-1] == [
             "-",
-            f"gs://a-bucket/runs/llama-a/hosts/slice-{slice}-host-3",
+            f"gs://a-bucket/runs/llama-a/logs/hosts/slice-{slice}-host-3",
         ]
         (report,) = queued_resources.host_reports(boot.calls[-1]["stdin"])
         assert report[:5] == (int(slice), 3, 6, 0, True)
@@ -462,7 +462,7 @@ class TestExits:
     )
     def test_nobody_waits_for_a_host_that_has_stopped(self, machine, others, attempts):
         boot = machine.boot(
-            a_job(), {"storage cat gs://a-bucket/runs/llama-a/hosts/*": [(0, others)]} | exits(42, 0), attempt=5
+            a_job(), {"storage cat gs://a-bucket/runs/llama-a/logs/hosts/*": [(0, others)]} | exits(42, 0), attempt=5
         )
         assert boot.attempts == attempts
         assert (
