@@ -76,9 +76,8 @@ def list_folder(path: "epath.Path") -> list["epath.Path"]:
 
 
 def copy_folder(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Copy all files below a folder, where at least one of the two is in a bucket. Within buckets, nothing comes to this
-    machine."""
-    _set_up_buckets()
+    """Copy all files below a folder, where at least one of the two is in a bucket. What goes from bucket to bucket does
+    not come to this machine."""
     system = _buckets()
     ways = {(False, True): system.put, (True, False): system.get, (True, True): system.copy}
     # With a slash behind them: what is in the folder, not the folder.
@@ -109,9 +108,9 @@ class GrowingFile:
         with GrowingFile("gs://bucket/runs/a/logs/host-0.log") as log:
             log.write("a line\\n")
 
-    On a disk, what was written is in the file once `write` returns: no kill of this process can lose it. In a bucket the
-    file grows in a temporary one on this machine, which is put as a whole by `flush`, by `close`, and by a thread of
-    its own, at most every `seconds` (more rarely where that takes long) and only if something was written. A put has
+    On a disk, what was written is in the file once `write` returns: no kill of this process can lose it. In a bucket
+    the file grows in a temporary one on this machine, which is put as a whole by `flush`, by `close`, and by a thread
+    of its own, at most every `seconds` (more rarely where that takes long) and only if something was written. A put has
     whole writes only, in their order.
 
     What a bucket refuses never loses what is on this machine. The thread is silent about it and tries again; `flush`
@@ -304,6 +303,7 @@ def _put(path: str | os.PathLike, data: bytes) -> None:
 
 
 def _buckets() -> Any:
+    _set_up_buckets()
     import fsspec
 
     return fsspec.filesystem("gs")
@@ -321,8 +321,9 @@ def _check_bucket(path: str) -> None:
 def _set_up_buckets() -> None:
     import fsspec
 
-    # It asks what kind of bucket it has, by another protocol, and takes other ways in kinds that are not tested here.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # What it takes by itself asks for a bucket's kind, by another protocol, and takes ways that are not tested here.
+    for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, "gcsfs.core.GCSFileSystem", clobber=True)
     # It remembers listings, and does not see what other processes and libraries have written since.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     # What it logs it raises as well.

@@ -8,7 +8,9 @@ not got it. A test may add a `rule` that refuses, delays or watches any request.
 import contextlib
 import hashlib
 import json
+import os
 import re
+import sys
 import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -60,6 +62,13 @@ class FakeGCS:
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "nobody",
             "FSSPEC_GCS_TOKEN": "anon",
         }
+
+    def serve_this_process(self) -> None:
+        """Send gcsfs and tensorstore of this process here, from now on to its end."""
+        import fsspec
+
+        os.environ.update(self.environment)
+        fsspec.config.conf.setdefault("gcs", {})["token"] = "anon"
 
     def __enter__(self) -> "FakeGCS":
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -122,7 +131,7 @@ class FakeGCS:
                 return _error(404)
             with self.lock:
                 return reply(self, key, query, headers, body)
-        return _error(501, f"{method} {url}")
+        return _error(400, f"no such call: {method} {url}")
 
     def _bucket(self, key, query, headers, body):
         return _error(403, "storage.buckets.get")
@@ -181,6 +190,10 @@ class FakeGCS:
         data = _parts(headers, body)[1] if kind == "multipart" else body
         return self._write(key, query, data)
 
+    def _cancel(self, key, query, headers, body):
+        self._uploads.pop(query["upload_id"], None)
+        return 499, {}, b""
+
     def _continue_upload(self, number, headers, body):
         key, query, before = self._uploads[number]
         total = headers["Content-Range"].rpartition("/")[2]
@@ -223,6 +236,7 @@ _ROUTES = (
     (("GET",), r"/storage/v1/b/([^/]+)/o", "list", FakeGCS._list),
     (("GET",), r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)", "read", FakeGCS._read),
     (("POST", "PUT"), r"/upload/storage/v1/b/([^/]+)/o", "write", FakeGCS._upload),
+    (("DELETE",), r"/upload/storage/v1/b/([^/]+)/o", "delete", FakeGCS._cancel),
     (("DELETE",), r"/storage/v1/b/([^/]+)/o/(.+)", "delete", FakeGCS._delete),
     (("POST",), r"/storage/v1/b/([^/]+)/o/(.+/rewriteTo/.+)", "write", FakeGCS._copy),
     (("POST",), r"/storage/v1/b/([^/]+)/o/(.+/moveTo/.+)", "write", FakeGCS._move),
@@ -257,7 +271,9 @@ class _Server(ThreadingHTTPServer):
     store: FakeGCS
 
     def handle_error(self, request, client_address) -> None:
-        """Clients that are killed in the middle of a request are what the tests are about."""
+        """Clients that are killed in the middle of a request are what the tests are about; other errors are told."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

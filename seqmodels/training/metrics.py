@@ -182,8 +182,8 @@ class Report:
 
 
 class _EventFile:
-    """Scalars for TensorBoard, as TFRecords, written in the caller's thread: tensorboardX's own `SummaryWriter` writes in
-    another, where a full disk ends in a traceback that nobody can catch."""
+    """Scalars for TensorBoard, as TFRecords, written in the caller's thread: tensorboardX's own `SummaryWriter` writes
+    in another, where a full disk ends in a traceback that nobody can catch."""
 
     def __init__(self, directory: "epath.Path", start: int):
         # The suffix: two starts within a second would otherwise write to one file.
