@@ -310,8 +310,9 @@ def _buckets() -> Any:
 
 
 def _check_bucket(path: str) -> None:
-    if not re.fullmatch(_SCHEME + r"[a-z0-9][a-z0-9._-]+[a-z0-9](/.*)?", path):
-        raise InputError(f"{path!r} is no folder: expected one of this machine, or gs://BUCKET/FOLDER")
+    # gcsfs finds patterns and generations in names.
+    if not re.fullmatch(_SCHEME + r"[a-z0-9][a-z0-9._-]+[a-z0-9](/[^*?#\[\]]*)?", path):
+        raise InputError(f"{path!r}: expected gs://BUCKET/FOLDER without any of * ? # [ ], or a folder of this machine")
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{path} is in a bucket, which needs gcsfs: pip install -e '.[gcs]'")
     _set_up_buckets()

@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
+from seqmodels import config
 from seqmodels.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESTART
 from seqmodels.files import to_path
 from seqmodels.tools import generate
@@ -39,7 +39,7 @@ PATIENCE = 120.0
 @pytest.fixture
 def key(request) -> str:
     """The run directory of the test within the bucket."""
-    return f"runs/{request.node.name}"
+    return f"runs/{re.sub(r'[^a-z0-9_]', '-', request.node.name)}"
 
 
 @pytest.fixture
@@ -50,11 +50,6 @@ def run(gcs, key) -> str:
 @pytest.fixture
 def here(monkeypatch, capsys):
     return lambda program, *arguments: run_here(program, arguments, monkeypatch, capsys)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return write_config(tmp_path_factory.mktemp("tiny"))
 
 
 def assert_refused(ended: Ended, message: str, code: int = EXIT_INPUT) -> None:
@@ -94,51 +89,92 @@ def killed(gcs: FakeGCS, command: list[str], when: Callable[[Request], bool], *,
     return f"{struck[0].action} of {struck[0].key}{', done' if done else ''}"
 
 
-def test_a_run_in_a_bucket_equals_one_on_a_disk(gcs, key, run, undisturbed, own_cache, train, here):
-    stored: dict[int, list[int]] = {}
+@pytest.fixture(scope="module")
+def rows_before() -> dict[int, list[int]]:
+    """Of `short_run`: by step of a checkpoint, the steps whose rows were in the bucket before anything of it was."""
+    return {}
 
-    def look_at_what_is_committed(request: Request) -> None:
-        commit = re.fullmatch(rf"{key}/checkpoints/(\d+)/commit_success.txt", request.key)
-        if request.action == "write" and commit:
-            stored[int(commit[1])] = steps_of(gcs.objects[f"{key}/metrics.jsonl"])
 
-    command = train_command(undisturbed.parent / "tiny.gin", run)
-    with gcs.ruled(look_at_what_is_committed):
-        ended = run_command(command, env=own_cache | gcs.environment)
-    assert ended.code == EXIT_DONE, ended
-    assert_same_run(to_path(run), undisturbed)
-    names = {name for name in gcs.below(key) if not name.startswith(("checkpoints/", "tensorboard/"))}
-    assert names == {"config.gin", "operative_config.gin", "environment.json", "metrics.jsonl", "DONE"}
-    # The rows of a checkpoint's steps were there before it was, each once and its evaluation once more.
-    assert sorted(stored) == list(range(CHECKPOINT_EVERY, STEPS + 1, CHECKPOINT_EVERY))
-    for step, rows in stored.items():
-        assert set(range(1, step + 1)) <= set(rows) and len(rows) >= step + step // 10
-    # They are not put for every row.
-    assert gcs.written.count(f"{key}/metrics.jsonl") <= 3 + len(stored) + 2 * STEPS // 10
+@pytest.fixture(scope="module")
+def short_run(gcs, train, finished_run, rows_before) -> str:
+    """The folder of a finished run of four steps in the bucket, of the config of `finished_run`. For reading only."""
+    key = "runs/short"
 
-    before, arguments = gcs.below(key), ["--config", undisturbed.parent / "tiny.gin", "--run_dir", run]
+    def look(request: Request) -> None:
+        saved = re.match(rf"{key}/checkpoints/(\d+)/", request.key)
+        if request.action == "write" and saved:
+            rows_before.setdefault(int(saved[1]), steps_of(gcs.objects[f"{key}/metrics.jsonl"]))
+
+    with gcs.ruled(look):
+        arguments = ["--config", str(finished_run.parent / "tiny.gin"), "--run_dir", f"gs://{BUCKET}/{key}", *SHORT]
+        assert train(arguments) == EXIT_DONE
+    config.clear()
+    return key
+
+
+@pytest.fixture
+def arguments(finished_run, run) -> list:
+    """Those of `short_run`, in the test's own folder."""
+    return ["--config", finished_run.parent / "tiny.gin", "--run_dir", run, *SHORT]
+
+
+def test_a_run_in_a_bucket_equals_one_on_a_disk(gcs, short_run, finished_run, rows_before):
+    ours = gcs.below(short_run)
+    for name in ("config.gin", "operative_config.gin", "metrics.jsonl", "DONE", "checkpoints/4/record/metadata"):
+        assert ours[name] == (finished_run / name).read_bytes(), name
+    assert {name for name in ours if "/" not in name} == {path.name for path in finished_run.glob("[!.]*.*")} | {"DONE"}
+    # The rows of a checkpoint's steps were there before it was; 4 has one of an evaluation as well.
+    assert rows_before[2][:2] == [1, 2] and rows_before[4] == [1, 2, 3, 4, 4]
+
+
+def test_a_finished_run_in_a_bucket_is_left_as_it_is(gcs, short_run, arguments, train, here):
+    before, arguments[3] = gcs.below(short_run), f"gs://{BUCKET}/{short_run}"
     again = here(train, *arguments)
-    assert (again.code, again.err) == (EXIT_DONE, "") and f"{run}: finished at step {STEPS}, nothing left" in again.out
+    assert (again.code, again.err) == (EXIT_DONE, "") and "short: finished at step 4, nothing left to do" in again.out
     other = here(train, *arguments, "--gin.train.steps=9")
     assert other.code == EXIT_INPUT and "is a run with another config" in other.err
-    assert other.err.splitlines()[1:] == [f"-train.steps = {STEPS}", "+train.steps = 9"]
-    assert gcs.below(key) == before
+    assert sorted(other.err.splitlines()[1:]) == ["+train.steps = 9", "-train.steps = 4"]
+    assert gcs.below(short_run) == before
 
 
-def test_events_of_a_run_in_a_bucket_can_be_read(gcs, key, run, train, here, tiny, tmp_path):
+def test_what_is_in_a_bucket_can_be_used(gcs, short_run, here, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert here(train, "--config", tiny, "--run_dir", run, *SHORT).code == EXIT_DONE
-    (file,) = gcs.below(f"{key}/tensorboard").items()
-    (tmp_path / file[0]).write_bytes(file[1])
+    ((name, data),) = gcs.below(f"{short_run}/tensorboard").items()
+    (tmp_path / name).write_bytes(data)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert {"eval/loss", "speed/tokens_per_second"} <= set(events.Tags()["scalars"])
-    written = here(generate.main, "--run", run, "--prompt", "line 1", "--tokens", "5")
+    written = here(generate.main, "--run", f"gs://{BUCKET}/{short_run}", "--prompt", "line 1", "--tokens", "5")
     assert written.code == EXIT_DONE and written.out.startswith("line 1"), written
 
 
-def test_kills_in_the_middle_of_a_save_leave_no_trace(gcs, key, run, undisturbed, own_cache):
+@pytest.mark.parametrize("done", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_kill_in_the_middle_of_a_save_leaves_no_trace(gcs, key, arguments, finished_run, own_cache, done):
+    """Where all but the last object of a checkpoint is there, or where it is but nobody knows."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)]
+    # A deletion of the same name comes before it.
+    last = Request("write", BUCKET, f"{key}/checkpoints/4/commit_success.txt")
+    killed(gcs, command, lambda request: request == last, done=done, env=own_cache | gcs.environment)
+    assert "checkpoints/4/_CHECKPOINT_METADATA" in gcs.below(key) and "DONE" not in gcs.below(key)
+    ended = run_command(command, env=own_cache | gcs.environment)
+    assert ended.code == EXIT_DONE and f"continuing after step {4 if done else 2}\n" in ended.out, ended
+    for name in ("metrics.jsonl", "DONE", "checkpoints/4/record/metadata"):
+        assert gcs.below(key)[name] == (finished_run / name).read_bytes(), name
+    assert len(json.loads(gcs.below(key)["environment.json"])) == 2
+
+
+@pytest.mark.slow
+def test_a_long_run_in_a_bucket_equals_one_on_a_disk(gcs, key, run, undisturbed, own_cache):
+    ended = run_command(train_command(undisturbed.parent / "tiny.gin", run), env=own_cache | gcs.environment)
+    assert ended.code == EXIT_DONE, ended
+    assert_same_run(to_path(run), undisturbed)
+    # Rows are put before checkpoints and evaluations, not each of them.
+    assert gcs.written.count(f"{key}/metrics.jsonl") <= 4 + STEPS // CHECKPOINT_EVERY + 2 * STEPS // 10
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_saves_leave_no_trace(gcs, key, run, undisturbed, own_cache):
     command, env = train_command(undisturbed.parent / "tiny.gin", run), own_cache | gcs.environment
     array = re.compile(rf"{key}/checkpoints/8/state/ocdbt.*/d/.*")
     moments = [killed(gcs, command, lambda request: bool(array.fullmatch(request.key)), done=True, env=env)]
@@ -178,67 +214,60 @@ def test_kills_in_any_write_leave_no_trace(gcs, key, run, undisturbed, own_cache
     assert_same_run(to_path(run), undisturbed, note)
 
 
-def test_a_damaged_checkpoint_is_passed_over(gcs, key, run, train, here, tiny):
-    arguments = ["--config", tiny, "--run_dir", run, *SHORT]
-    assert here(train, *arguments).code == EXIT_DONE
-    metrics = gcs.below(key)["metrics.jsonl"]
-    del gcs.objects[f"{key}/DONE"]
-    for name, data in gcs.below(f"{key}/checkpoints/4/state").items():
-        if "/d/" in f"/{name}":
-            gcs.put(f"{key}/checkpoints/4/state/{name}", bytes(byte ^ 1 for byte in data))
+def test_a_damaged_checkpoint_is_passed_over(gcs, key, run, short_run, arguments, train, here):
+    for name, data in gcs.below(short_run).items():
+        if name.startswith("checkpoints/4/state/") and "/d/" in name:
+            data = bytes(byte ^ 1 for byte in data)
+        if name != "DONE":
+            gcs.put(f"{key}/{name}", data)
     ended = here(train, *arguments)
     assert ended.code == EXIT_DONE and "continuing after step 2\n" in ended.out, ended
     assert re.fullmatch(rf"checkpoint {run}/checkpoints/4 is damaged, trying the one before it: .*\n", ended.err)
-    assert gcs.below(key)["metrics.jsonl"] == metrics
+    assert gcs.below(key)["metrics.jsonl"] == gcs.below(short_run)["metrics.jsonl"]
     assert list_steps(f"{run}/checkpoints") == [2, 4] and gcs.below(f"{key}/checkpoints/damaged-4")
 
 
-@pytest.mark.parametrize("refused", ["list", "write", "checkpoints", "metrics.jsonl"])
-def test_a_right_that_is_missing_is_one_line(gcs, key, run, train, here, tiny, refused):
-    """403 for an action, or for writing what has this in its name."""
-    rule = lambda request: (  # noqa: E731
-        403 if refused == request.action or (request.action == "write" and refused in request.key) else None
-    )
+@pytest.mark.parametrize(
+    "refused", ["list", "write", *(pytest.param(x, marks=pytest.mark.slow) for x in ("/2/", "rows"))]
+)
+def test_a_right_that_is_missing_is_one_line(gcs, key, run, arguments, train, here, refused):
+    """403 for an action, for writing a checkpoint, or for all rows but the first."""
+
+    def rule(request: Request) -> int | None:
+        in_name = refused in request.key if refused != "rows" else gcs.objects.get(request.key) == b""
+        return 403 if refused == request.action or (request.action == "write" and in_name) else None
+
     with gcs.ruled(rule):
-        ended = here(train, "--config", tiny, "--run_dir", run, *SHORT)
+        ended = here(train, *arguments)
     assert_refused(
         ended, rf"gs://{BUCKET} does not let this account do so \(403\); expected .* roles/storage.objectUser"
     )
     assert run in ended.err
-    # With the right, the same command goes on.
-    ended = here(train, "--config", tiny, "--run_dir", run, *SHORT)
-    assert ended.code == EXIT_DONE and steps_of(gcs.below(key)["metrics.jsonl"]) == [1, 2, 3, 4, 4]
+    if refused in ("/2/", "rows"):
+        assert here(train, *arguments).code == EXIT_DONE
+        assert steps_of(gcs.below(key)["metrics.jsonl"]) == [1, 2, 3, 4, 4]
 
 
-def test_a_bucket_that_is_not_there_is_one_line(gcs, train, here, tiny):
-    ended = here(train, "--config", tiny, "--run_dir", "gs://buckut/run", *SHORT)
+def test_a_bucket_that_is_not_there_is_one_line(gcs, arguments, train, here):
+    arguments[3] = "gs://buckut/run"
+    ended = here(train, *arguments)
     assert_refused(ended, r"there is no bucket gs://buckut \(404\)")
     ended = here(generate.main, "--run", "gs://buckut/run", "--prompt", "a")
     assert_refused(ended, "gs://buckut")
 
 
-def test_logs_may_be_there_before_the_run_and_strangers_may_not(gcs, key, run, train, here, tiny):
-    gcs.put(f"{key}/logs/attempt-0/host-0.log", b"starting\n")
-    gcs.put(f"{key}/thesis.tex", b"precious")
-    ended = here(train, "--config", tiny, "--run_dir", run, *SHORT)
-    assert_refused(ended, "is not a run directory: it holds 'thesis.tex' and no config.gin")
-    del gcs.objects[f"{key}/thesis.tex"]
-    assert here(train, "--config", tiny, "--run_dir", run, *SHORT).code == EXIT_DONE
-
-
-def test_a_run_starts_from_one_in_a_bucket_and_is_traced_into_one(gcs, key, run, train, here, tiny):
-    first, second = f"{run}/first", f"{run}/second"
-    assert here(train, "--config", tiny, "--run_dir", first, *SHORT).code == EXIT_DONE
-    more = [f"--gin.train.start_from='{first}'", "--gin.train.profile_steps=(2, 3)"]
-    ended = here(train, "--config", tiny, "--run_dir", second, *SHORT, *more)
-    assert ended.code == EXIT_DONE and f"parameters: those of {first} after step 4" in ended.out, ended
-    assert any(name.endswith(".xplane.pb") for name in gcs.below(f"{key}/second/profile"))
+@pytest.mark.slow
+def test_a_run_starts_from_one_in_a_bucket_and_is_traced_into_one(gcs, key, short_run, arguments, train, here):
+    more = [f"--gin.train.start_from='gs://{BUCKET}/{short_run}'", "--gin.train.profile_steps=(2, 3)"]
+    ended = here(train, *arguments, *more)
+    assert ended.code == EXIT_DONE and f"{short_run} after step 4" in ended.out, ended
+    assert any(name.endswith(".xplane.pb") for name in gcs.below(f"{key}/profile"))
 
 
 @pytest.mark.slow
-def test_a_bucket_that_cannot_be_reached_asks_for_a_restart(gcs, key, run, tiny, own_cache):
+def test_a_bucket_that_cannot_be_reached_asks_for_a_restart(gcs, key, arguments, own_cache):
     """After half a minute of trying again. The same command goes on."""
-    command, env = train_command(tiny, run, *SHORT), own_cache | gcs.environment
+    command, env = [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)], own_cache | gcs.environment
     lost = lambda request: 503 if f"{key}/checkpoints/4/" in request.key and "record" in request.key else None  # noqa: E731
     with gcs.ruled(lost):
         ended = run_command(command, env=env)

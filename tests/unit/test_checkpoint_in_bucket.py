@@ -1,5 +1,7 @@
 """Checkpoints in a bucket, where nothing is renamed: whenever a process dies in a save, the one before it is used."""
 
+import re
+
 import pytest
 
 from seqmodels.errors import InputError
@@ -14,7 +16,7 @@ Objects = dict[str, bytes]
 @pytest.fixture
 def key(request) -> str:
     """The folder of the test's checkpoints within the bucket."""
-    return f"checkpoints/{request.node.name}"
+    return f"checkpoints/{re.sub(r'[^a-z0-9_]', '-', request.node.name)}"
 
 
 def put_all(gcs: FakeGCS, key: str, objects: Objects) -> str:
