@@ -299,6 +299,7 @@ def _has_bucket(path: str | os.PathLike) -> bool:
 
 def _put(path: str | os.PathLike, data: bytes) -> None:
     """One request, or for much data one session, that makes the object as a whole."""
+    _check_bucket(os.fspath(path))
     _buckets().pipe_file(os.fspath(path), data)
 
 

@@ -22,7 +22,8 @@ BUCKET = "bucket"
 
 
 class Request(NamedTuple):
-    """What a rule is asked about. action: "read", "list", "write", "delete" or "bucket" (its metadata)."""
+    """What a rule is asked about. action: "read", "list", "write", "delete", "begin" (an upload in parts, which makes
+    nothing yet) or "bucket" (its metadata)."""
 
     action: str
     bucket: str
@@ -124,6 +125,8 @@ class FakeGCS:
                 continue
             bucket, key = (unquote(part) for part in (*match.groups(), "")[:2])
             key = key or _key_of_upload(query, headers, body) or (self._uploads.get(query.get("upload_id"), ("",))[0])
+            if query.get("uploadType") == "resumable" and "upload_id" not in query:
+                action = "begin"
             status = self.rule(Request(action, bucket, key))
             if status:
                 return _error(status)

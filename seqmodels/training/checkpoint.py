@@ -39,7 +39,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint._src.path import gcs_utils
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.files import copy_folder, in_bucket, list_folder, refusal, to_path, told
@@ -99,6 +98,8 @@ def _keep_screen_clean() -> None:
 def _ask_for_no_bucket() -> None:
     """Leave out that orbax asks of what kind a bucket is. That takes the right storage.buckets.get, which
     roles/storage.objectUser has not got, and it lists and removes the same objects by whatever the answer is."""
+    from orbax.checkpoint._src.path import gcs_utils
+
     gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
 
 
@@ -144,7 +145,8 @@ class Checkpointer:
         self._data = data
         self._report = report
         _keep_screen_clean()
-        _ask_for_no_bucket()
+        if in_bucket(self.directory):
+            _ask_for_no_bucket()
         with told(f"cannot use {directory} for checkpoints", self.directory, expected="a writable folder"):
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -257,7 +259,8 @@ class Checkpointer:
             state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
             return Restored(step, state, record["config"])
         damaged = [str(step) for step in passed_over]
-        damaged += [path.name for path in list_folder(self.directory) if path.name.startswith(_DAMAGED)]
+        with told(f"cannot read {self.directory}", self.directory):
+            damaged += [path.name for path in list_folder(self.directory) if path.name.startswith(_DAMAGED)]
         if damaged:
             raise InputError(
                 f"every checkpoint in {self.directory} is damaged ({', '.join(damaged)}); "
@@ -295,7 +298,7 @@ class Checkpointer:
             what = f"cannot write a checkpoint into {self.directory}: {refused}"
             try:
                 intact = list_steps(self.directory)
-            except Exception:
+            except InputError:
                 raise type(refused)(what) from error
             self._newest = max(intact, default=None)
             rest = f"that of step {intact[-1]} is intact" if intact else "there is none from before"
@@ -304,8 +307,9 @@ class Checkpointer:
 
 def list_steps(directory: str | os.PathLike) -> list[int]:
     """The steps that have a checkpoint in `directory`, oldest first; empty when there is no such folder."""
-    steps = [path for path in list_folder(to_path(directory)) if path.name.isdecimal()]
-    return sorted(int(path.name) for path in steps if _is_committed(path))
+    with told(f"cannot read {os.fspath(directory)}", directory):
+        steps = [path for path in list_folder(to_path(directory)) if path.name.isdecimal()]
+        return sorted(int(path.name) for path in steps if _is_committed(path))
 
 
 def _is_committed(step: epath.Path) -> bool:
@@ -351,8 +355,7 @@ def restore_parameters(
             the shapes differ.
     """
     directory = _absolute(directory)
-    with told(f"cannot read {directory}", directory):
-        steps = list_steps(directory)
+    steps = list_steps(directory)
     if not steps:
         raise InputError(f"no checkpoint in {directory}; expected a folder in which training has saved")
     if step is not None and step not in steps:
