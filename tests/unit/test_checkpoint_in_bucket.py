@@ -118,6 +118,9 @@ def test_a_kill_at_any_moment_loses_nothing_of_a_damaged_checkpoint(gcs, key, sa
     seen = moments(gcs, key, restore)
     assert len(seen) > 2 * len(harmed) - 2  # each object is copied and deleted
     assert gcs.below(f"{key}/damaged-20") == harmed and list_steps(folder) == [10]
+    for objects in seen:
+        left = {name.removeprefix("20/") for name in objects if name.startswith("20/")}
+        assert left == harmed.keys() or "commit_success.txt" not in left
     for objects in seen[:: max(1, len(seen) // 8)]:
         put_all(gcs, key, objects)
         assert len(restore()) == (1 if "20/commit_success.txt" in objects else 0)
