@@ -177,7 +177,9 @@ def test_a_bucket_that_is_not_there_is_told(gcs):
         write_file("gs://buckut/a", "text")
 
 
-@pytest.mark.parametrize("path", ["gs://", "gs://b", "s3://bucket/run", "gs:///run", "gs://Bucket/run", "gs://bucket/run[1]"])
+@pytest.mark.parametrize(
+    "path", ["gs://", "gs://b", "s3://bucket/run", "gs:///run", "gs://Bucket/run", "gs://bucket/run[1]"]
+)
 def test_an_address_of_another_form_is_refused(path):
     with pytest.raises(InputError, match="gs://BUCKET/FOLDER"):
         to_path(path)
