@@ -8,7 +8,6 @@ The same command goes on where a run was stopped or killed, and says so when the
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 # Before NumPy is loaded: with several threads, small linear algebra on the CPU is a hundred times slower.
@@ -20,6 +19,7 @@ from seqmodels import config
 from seqmodels.constructors import register_constructors
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART, run_main
 from seqmodels.evaluation.generation import Sampling, encode_prompt, generate, until_separator
+from seqmodels.files import write_file
 from seqmodels.models.accounting import flops_per_token, parameter_count
 from seqmodels.parallel.mesh import describe_mesh, replicated, rows_of_process
 from seqmodels.parallel.partition import partition_table
@@ -51,12 +51,13 @@ EPILOG = """\
 examples:
   python train.py --config configs/quickstart.gin --run_dir runs/quickstart
   python train.py --config configs/quickstart.gin --run_dir runs/long --gin.train.steps=5000
+  python train.py --config configs/quickstart.gin --run_dir gs://BUCKET/runs/quickstart
 
 exit codes:
   0   done
   1   a defect, or a loss or gradient that is not finite
   2   an input is wrong; one line says which
-  42  stopped by SIGTERM or Ctrl-C after saving; the same command continues"""
+  42  stopped by SIGTERM or Ctrl-C after saving, or a bucket could not be reached; the same command continues"""
 
 
 def main(argv: list[str]) -> int:
@@ -70,9 +71,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--run_dir",
         required=True,
-        type=Path,
         metavar="DIR",
-        help="folder of the run; made when it is not there",
+        help="folder of the run, or gs://BUCKET/FOLDER; made when it is not there",
     )
     add_arguments(parser)
     rest, overrides = config.split_overrides(argv)
@@ -124,7 +124,7 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     run.write_operative_config(config.operative_config())
     say(f"run directory: {run.path}")
     if jax.process_index() == 0 and len(devices) > 1:
-        (run.path / "parameters.txt").write_text(partition_table(shapes.params, shardings_of(shapes.params)) + "\n")
+        write_file(run.path / "parameters.txt", partition_table(shapes.params, shardings_of(shapes.params)) + "\n")
 
     train_step = job.train_step(transform, mesh, shapes)
     evaluate = make_evaluator(

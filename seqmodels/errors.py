@@ -5,7 +5,8 @@ Exit codes are a contract with whatever starts our programs (a shell, a schedule
     0   done
     1   a defect in the code: a traceback is printed
     2   an input is wrong (config, path, shape, data, disk): one line says which, and what is expected
-    42  stopped on request after saving: start the same command again and it continues
+    42  stopped on request after saving, or what it needs could not be reached: start the same command again and it
+        continues
 """
 
 import difflib
@@ -17,6 +18,10 @@ EXIT_DONE, EXIT_DEFECT, EXIT_INPUT, EXIT_RESTART = 0, 1, 2, 42
 
 class InputError(ValueError):
     """An input is wrong. The message is one line: what was wrong, where, what was expected."""
+
+
+class UnreachableError(InputError):
+    """Something outside cannot be reached just now, such as a bucket; the same command may succeed later."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -32,7 +37,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         code = main(sys.argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = EXIT_INPUT
+        code = EXIT_RESTART if isinstance(error, UnreachableError) else EXIT_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from seqmodels.files import in_bucket, to_path
+
 
 def prepare_jax() -> None:
     """Keep compiled programs from one start to the next, in a folder of the user's unless one is set already."""
@@ -22,6 +24,8 @@ def prepare_jax() -> None:
         # Where JAX's plugin for CUDA is installed, as a compiler, it would report that NVIDIA's libraries are not.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if jax.config.jax_compilation_cache_dir is not None:
+        if in_bucket(jax.config.jax_compilation_cache_dir):
+            to_path(jax.config.jax_compilation_cache_dir)  # says what is missing
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqmodels" / "xla"
     try:

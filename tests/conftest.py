@@ -40,6 +40,16 @@ def _start_jax_with_eight_devices() -> None:
 _start_jax_with_eight_devices()
 
 
+@pytest.fixture(scope="session")
+def gcs():
+    """A bucket, gs://bucket, for this process and those that it starts. Every test has its own folder in it."""
+    from tests.fake_gcs import FakeGCS
+
+    with FakeGCS() as server:
+        server.serve_this_process()
+        yield server
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_device_for_jobs_that_name_no_mesh():
     """As in a process of their own."""

@@ -12,7 +12,8 @@ PACKAGE = REPOSITORY / "seqmodels"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "notation": set(),
-    "start_up": set(),
+    "files": set(),
+    "start_up": {"files"},
     "parameter_rules": set(),
     "ops": set(),
     "layers": {"ops"},
@@ -20,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"ops", "layers", "registry"},
     "parallel": {"parameter_rules", "start_up"},
     "data": set(),
-    "training": {"ops", "layers", "registry", "models", "data", "parallel", "parameter_rules"},
+    "training": {"ops", "layers", "registry", "models", "data", "parallel", "parameter_rules", "files"},
     "config": set(),
     "constructors": {"config", "registry", "layers", "models", "data", "training", "evaluation"},
     "evaluation": {"ops", "layers", "registry", "models", "data", "parallel", "training"},

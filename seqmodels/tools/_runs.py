@@ -1,6 +1,6 @@
 """Opening a run directory to use what was trained in it."""
 
-from pathlib import Path
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax
 from seqmodels import config
 from seqmodels.constructors import register_constructors
 from seqmodels.errors import InputError
+from seqmodels.files import on_disk
 from seqmodels.training import TrainingJob, parameter_shapes
 from seqmodels.training.checkpoint import restore_parameters
 from seqmodels.training.run_directory import RunDirectory
@@ -21,14 +22,16 @@ class TrainedRun(NamedTuple):
     step: int
 
 
-def open_run(path: str | Path, step: int | None = None) -> TrainedRun:
-    """The run in a directory, with the parameters of checkpoint `step` (None: the newest)."""
+def open_run(path: str | os.PathLike, step: int | None = None) -> TrainedRun:
+    """The run in a directory, here or in a bucket, with the parameters of checkpoint `step` (None: the newest)."""
     run = RunDirectory(path, writer=False)
-    file = run.path / "config.gin"
-    if not file.is_file():
-        raise InputError(f"{path} is not a run directory: it has no config.gin; expected what train.py --run_dir made")
-    register_constructors()
-    config.parse([str(file)])
+    with on_disk(run.path / "config.gin") as file:
+        if not file.is_file():
+            raise InputError(
+                f"{path} is not a run directory: it has no config.gin; expected what train.py --run_dir made"
+            )
+        register_constructors()
+        config.parse([str(file)])
     job = TrainingJob()
     restored = restore_parameters(run.checkpoints, parameter_shapes(job.model, job.seq_len), step=step)
     return TrainedRun(job, jax.tree.map(jax.numpy.asarray, restored.state), restored.step)

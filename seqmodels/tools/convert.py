@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seqmodels.errors import InputError, run_main
+from seqmodels.files import in_bucket, on_disk
 
 DESCRIPTION = """\
 Turn a published model (a folder with config.json and safetensors) into a run directory, or a run into such a folder.
@@ -47,8 +48,8 @@ def main(argv: list[str]) -> None:
     direction.add_argument("--from", dest="source", choices=["hf"], help="make a run of the published --model")
     direction.add_argument("--to", dest="target", choices=["hf"], help="publish the model of a --run")
     parser.add_argument("--model", type=Path, metavar="DIR", help="folder with config.json and safetensors (--from)")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run directory (--to)")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to make; it must not exist")
+    parser.add_argument("--run", metavar="DIR", help="run directory, here or gs://... (--to)")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make; it must not exist")
     parser.add_argument("--step", type=int, default=None, help="checkpoint to publish (default: the newest)")
     parser.add_argument(
         "--architecture",
@@ -75,6 +76,9 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{name} belongs to the other direction; see --help")
     if arguments.target and overrides:
         raise InputError(f"--gin.{overrides[0]} has no effect: a run has its config")
+    if in_bucket(arguments.out):
+        raise InputError(f"--out {arguments.out} is in a bucket: expected a folder of this machine")
+    arguments.out = Path(arguments.out)
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise InputError(f"{arguments.out} is there already; name a new folder")
 
@@ -159,12 +163,19 @@ def _job(loaded: Any, model: Path, overrides: list[str]) -> Any:
 
 def publish(arguments: argparse.Namespace) -> None:
     """A folder with config.json and safetensors of a run's model."""
-    from seqmodels import interop
     from seqmodels.tools._runs import open_run
     from seqmodels.training import say
 
     run = open_run(arguments.run, arguments.step)
-    source = arguments.run / SOURCE
+    with on_disk(f"{arguments.run}/{SOURCE}") as source:
+        family = _publish(arguments, run, source)
+    say(f"{arguments.out}: {family.architecture}, after step {run.step}")
+
+
+def _publish(arguments: argparse.Namespace, run: Any, source: Path) -> Any:
+    """Write the folder; returns the family that it became one of. source: what lay beside the weights, if anything."""
+    from seqmodels import interop
+
     name, extra, dtypes = arguments.architecture, {}, {}
     if (source / interop.CONFIG).is_file():
         made_of = interop.read_config(source)
@@ -174,7 +185,7 @@ def publish(arguments: argparse.Namespace) -> None:
     if arguments.dtype is not None:
         dtypes = {}
         extra = {key: value for key, value in extra.items() if key not in ("dtype", "torch_dtype")}
-    family = interop.save(
+    return interop.save(
         arguments.out,
         run.job.model,
         run.params,
@@ -184,7 +195,6 @@ def publish(arguments: argparse.Namespace) -> None:
         extra=extra,
         companions=source,
     )
-    say(f"{arguments.out}: {family.architecture}, after step {run.step}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory that train.py made")
+    parser.add_argument("--run", required=True, metavar="DIR", help="run directory that train.py made, here or gs://...")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to go on from; repeatable")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a file with one prompt a line")
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens to write (default: 256)")

@@ -6,8 +6,11 @@ A checkpoint of step N is the folder `N`, written in the background by orbax, wi
     record/   JSON: shape, dtype and checksum of every array; what the data is, every process's position in it; config
 
 Orbax writes into `N.orbax-checkpoint-tmp` and renames it once everything is in place, so a kill at any moment
-leaves either a whole checkpoint or a temporary folder, which is removed at the next start. Orbax does not
-notice bytes that changed in a finished checkpoint. The checksums do; the record carries one of itself.
+leaves either a whole checkpoint or a temporary folder, which is removed at the next start. In a bucket nothing is
+renamed: there orbax writes into `N` and puts `commit_success.txt` into it at the end. A folder without that is no
+checkpoint, and removed like a temporary one.
+
+Orbax does not notice bytes that changed in a finished checkpoint. The checksums do; the record carries one of itself.
 
 A checksum covers the bits of a whole array and where they stand in it, as one function of the global array.
 It is a sum modulo 2^32, which no order of summation changes, so it comes out the same on any mesh: what was
@@ -20,7 +23,6 @@ donates them gets other memory.)
 """
 
 import dataclasses
-import errno
 import functools
 import json
 import logging
@@ -39,11 +41,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from seqmodels.errors import InputError, nearest
+from seqmodels.files import copy_folder, in_bucket, list_folder, refusal, to_path, told
 from seqmodels.parallel.mesh import must_take_turns
 
 State = TypeVar("State")
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DAMAGED = "damaged-"
+_COMMITTED = "commit_success.txt"
 
 
 class DataIterator(Protocol):
@@ -90,6 +94,15 @@ def _keep_screen_clean() -> None:
     sys.unraisablehook = hook
 
 
+@functools.cache
+def _ask_for_no_bucket() -> None:
+    """Leave out that orbax asks of what kind a bucket is. That takes the right storage.buckets.get, which
+    roles/storage.objectUser has not got, and it lists and removes the same objects by whatever the answer is."""
+    from orbax.checkpoint._src.path import gcs_utils
+
+    gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
+
+
 def print_report(line: str) -> None:
     """Say it on the standard error of the first process."""
     if jax.process_index() == 0:
@@ -132,12 +145,13 @@ class Checkpointer:
         self._data = data
         self._report = report
         _keep_screen_clean()
-        try:
+        if in_bucket(self.directory):
+            _ask_for_no_bucket()
+        with told(f"cannot use {directory} for checkpoints", self.directory, expected="a writable folder"):
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                for leftover in self.directory.iterdir():
-                    if _TEMPORARY in leftover.name:
-                        leftover.rmtree()
+                for leftover in _leftovers(self.directory):
+                    leftover.rmtree()
             _barrier("seqmodels_checkpoint_open")
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
@@ -146,12 +160,7 @@ class Checkpointer:
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except OSError as error:
-            raise InputError(
-                f"cannot use {directory} for checkpoints: {error.strerror or error}; "
-                "expected a writable folder"
-            ) from error
-        self._newest = max(list_steps(self.directory), default=None)
+            self._newest = max(list_steps(self.directory), default=None)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -250,7 +259,8 @@ class Checkpointer:
             state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
             return Restored(step, state, record["config"])
         damaged = [str(step) for step in passed_over]
-        damaged += [path.name for path in self.directory.iterdir() if path.name.startswith(_DAMAGED)]
+        with told(f"cannot read {self.directory}", self.directory):
+            damaged += [path.name for path in list_folder(self.directory) if path.name.startswith(_DAMAGED)]
         if damaged:
             raise InputError(
                 f"every checkpoint in {self.directory} is damaged ({', '.join(damaged)}); "
@@ -273,7 +283,7 @@ class Checkpointer:
             for step in steps:
                 names = (f"{_DAMAGED}{step}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
                 free = next(name for name in names if not (self.directory / name).exists())
-                self._guarded((self.directory / str(step)).rename, self.directory / free)
+                self._guarded(_rename, self.directory / str(step), self.directory / free)
         _barrier("seqmodels_checkpoint_set_aside")
         self._manager.reload()
 
@@ -282,21 +292,47 @@ class Checkpointer:
         try:
             call(*args, **options)
         except Exception as error:
-            reason = _refusal(error)
-            if reason is None:
+            refused = refusal(error, self.directory)
+            if refused is None:
                 raise
-            intact = list_steps(self.directory)
+            what = f"cannot write a checkpoint into {self.directory}: {refused}"
+            try:
+                intact = list_steps(self.directory)
+            except InputError:
+                raise type(refused)(what) from error
             self._newest = max(intact, default=None)
             rest = f"that of step {intact[-1]} is intact" if intact else "there is none from before"
-            raise InputError(f"cannot write a checkpoint into {self.directory}: {reason}; {rest}") from error
+            raise type(refused)(f"{what}; {rest}") from error
 
 
 def list_steps(directory: str | os.PathLike) -> list[int]:
     """The steps that have a checkpoint in `directory`, oldest first; empty when there is no such folder."""
-    directory = epath.Path(directory)
-    if not directory.exists():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    with told(f"cannot read {os.fspath(directory)}", directory):
+        steps = [path for path in list_folder(to_path(directory)) if path.name.isdecimal()]
+        return sorted(int(path.name) for path in steps if _is_committed(path))
+
+
+def _is_committed(step: epath.Path) -> bool:
+    return not in_bucket(step) or (step / _COMMITTED).exists()
+
+
+def _leftovers(directory: epath.Path) -> list[epath.Path]:
+    """What a killed process was saving."""
+    return [
+        path
+        for path in list_folder(directory)
+        if _TEMPORARY in path.name or (path.name.isdecimal() and not _is_committed(path))
+    ]
+
+
+def _rename(checkpoint: epath.Path, target: epath.Path) -> None:
+    if not in_bucket(checkpoint):
+        checkpoint.rename(target)
+        return
+    # In this order, so that a kill leaves the checkpoint, or its copy and a leftover.
+    copy_folder(checkpoint, target)
+    (checkpoint / _COMMITTED).unlink()
+    checkpoint.rmtree()
 
 
 def restore_parameters(
@@ -352,7 +388,7 @@ def restore_parameters(
 def _absolute(directory: str | os.PathLike) -> epath.Path:
     """Orbax takes no relative paths. An address in a bucket stays as it is."""
     path = os.fspath(directory)
-    return epath.Path(path if "://" in path else os.path.abspath(path))
+    return to_path(path if "://" in path else os.path.abspath(path))
 
 
 def _listed(steps: Iterable[int]) -> str:
@@ -429,7 +465,7 @@ def _read_item(handler: ocp.CheckpointHandler, folder: epath.Path, args: Any) ->
         with ocp.Checkpointer(handler) as reader:
             return reader.restore(folder, args=args), ""
     except Exception as error:
-        return None, f"{folder.name} cannot be read ({_cause(error)})"
+        return None, f"{folder.name} cannot be read ({_cause(error, folder)})"
 
 
 def _compare(folder: epath.Path, saved: Mapping[str, Mapping], wanted: Mapping[str, Any]) -> None:
@@ -577,21 +613,12 @@ def _raise_damage(problem: str) -> None:
             raise _DamageError(found)
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: Exception, folder: epath.Path) -> str:
     """An error of a read in one short line; raise instead where the checkpoint is not what is at fault."""
-    reason = _refusal(error)
-    if reason is not None:
-        raise InputError(f"cannot read the checkpoint: {reason}") from error
+    refused = refusal(error, folder)
+    if refused is not None:
+        raise type(refused)(f"cannot read the checkpoint: {refused}") from error
     if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
         raise error
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 200 else f"{line[:200]}..."
-
-
-def _refusal(error: BaseException) -> str | None:
-    """Why the system refused to write or read (full, read-only, not allowed), or None when it did not."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-    if isinstance(error, OSError) and error.errno in codes:
-        return os.strerror(error.errno)
-    # The storage library under orbax raises ValueErrors that carry the system's message.
-    return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), None)

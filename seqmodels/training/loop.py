@@ -7,18 +7,21 @@ looks at every step so far, so that a step with a non-finite result ends the run
 saved.
 
 The order at the end of a step is the contract of an exact resume: the rows of steps up to n, then the
-evaluation at n, then the checkpoint n. So the rows that belong to a checkpoint are all written when it is;
+evaluation at n, then the checkpoint n. So the rows that belong to a checkpoint are all stored when it is saved;
 what a killed run has written beyond its last checkpoint is cut off and comes again.
 """
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 from jax.sharding import Mesh
 
+from seqmodels.files import copy_folder, in_bucket, told
 from seqmodels.parallel.mesh import must_take_turns, place_batch
 from seqmodels.parameter_rules import parameter_paths
 from seqmodels.training.checkpoint import Checkpointer
@@ -44,7 +47,7 @@ def training_loop(
     report: Report,
     mesh: Mesh,
     profile_steps: tuple[int, int] | None = None,
-    profile_directory: Path | None = None,
+    profile_directory: str | os.PathLike | None = None,
 ) -> tuple[TrainState, int]:
     """Train until update number `steps`, or until the process is asked to stop.
 
@@ -94,8 +97,11 @@ def training_loop(
             if evaluation_due or save_due:
                 look_at_everything()
             if evaluation_due:
+                report.store()
                 report.evaluation(step, evaluate(state.params))
                 report.restart_clock()
+            if save_due:
+                report.store()
             if checkpointer.save(step, state, batches, final=last or stopping):
                 report.restart_clock()
             if stopping:
@@ -108,15 +114,19 @@ def training_loop(
 class _Profiler:
     """A trace of some steps from their first moment to their last: no other step is in it."""
 
-    def __init__(self, steps: tuple[int, int] | None, directory: Path | None):
+    def __init__(self, steps: tuple[int, int] | None, directory: str | os.PathLike | None):
         self._first, self._last = steps or (0, 0)
         self._directory = directory
+        self._local = os.fspath(directory) if directory is not None else ""
         self._tracing = False
 
     def before(self, step: int, wait: Callable[[], None]) -> None:
         if step == self._first:
             wait()
-            jax.profiler.start_trace(str(self._directory))
+            if in_bucket(self._local):
+                # JAX's profiler writes to disks only.
+                self._local = tempfile.mkdtemp()
+            jax.profiler.start_trace(self._local)
             self._tracing = True
 
     def after(self, step: int, wait: Callable[[], None]) -> None:
@@ -128,3 +138,7 @@ class _Profiler:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+            if in_bucket(self._directory):
+                with told(f"cannot write {self._directory}", self._directory):
+                    copy_folder(self._local, self._directory)
+                shutil.rmtree(self._local)

@@ -6,20 +6,26 @@ byte. Speed goes to TensorBoard and the terminal.
 """
 
 import re
+import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
+from seqmodels.files import GrowingFile
 from seqmodels.training.loss import bits_per_byte
 from seqmodels.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from etils import epath
 
 # Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. A TPU7x chip is two devices.
 PEAK_FLOPS = (
@@ -99,9 +105,10 @@ class Report:
         if self._tensorboard:
             try:
                 self._tensorboard.close()
-            except InputError:
+            except InputError as lost:
                 if error is None:
                     raise
+                error.add_note(str(lost))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The numbers of an update, in the order of the updates."""
@@ -145,10 +152,15 @@ class Report:
             parts.append(f"{metrics['bits_per_byte']:.3f} bits/byte")
         say(f"step {step:>{len(str(self._steps))}}/{self._steps}: held out: {', '.join(parts)}")
 
-    def restart_clock(self) -> None:
-        """Do not count the time until the next step finishes: it goes into an evaluation or a save."""
+    def store(self) -> None:
+        """Return once all that was told is in the run directory, wherever that is. The rows up to a step must be there
+        before its checkpoint is saved."""
+        self._run.store_metrics()
         if self._tensorboard:
             self._tensorboard.flush()
+
+    def restart_clock(self) -> None:
+        """Do not count the time until the next step finishes: it goes into an evaluation or a save."""
         self._clock: tuple[int, float] | None = None
 
     def _measure(self, step: int, now: float) -> dict[str, float]:
@@ -170,13 +182,15 @@ class Report:
 
 
 class _EventFile:
-    """Scalars for TensorBoard, written at once and in the caller's thread: tensorboardX's own `SummaryWriter`
-    writes in another, where a full disk ends in a traceback that nobody can catch."""
+    """Scalars for TensorBoard, as TFRecords, written in the caller's thread: tensorboardX's own `SummaryWriter` writes
+    in another, where a full disk ends in a traceback that nobody can catch."""
 
-    def __init__(self, directory: Path, start: int):
-        self._directory = directory
+    def __init__(self, directory: "epath.Path", start: int):
         # The suffix: two starts within a second would otherwise write to one file.
-        self._writer = self._guarded(EventsWriter, str(directory / "events"), f".after-{start}")
+        self._file = GrowingFile(
+            directory / f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.after-{start}"
+        )
+        self._write(file_version="brain.Event:2")
         # Steps after `start` that an earlier process has written are hidden.
         self._write(step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -184,19 +198,16 @@ class _EventFile:
         self._write(step=step, summary=scalar(name, value))
 
     def flush(self) -> None:
-        self._guarded(self._writer.flush)
+        self._file.flush()
 
     def close(self) -> None:
-        self._guarded(self._writer.close)
+        self._file.close()
 
     def _write(self, **fields) -> None:
-        self._guarded(self._writer.write_event, Event(wall_time=time.time(), **fields))
-
-    def _guarded(self, call, *arguments):
-        try:
-            return call(*arguments)
-        except OSError as error:
-            raise InputError(f"cannot write into {self._directory}: {error.strerror}") from error
+        data = Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        crcs = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+        self._file.write(length + next(crcs) + data + next(crcs))
 
 
 def _short(number: float) -> str:

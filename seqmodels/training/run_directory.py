@@ -7,9 +7,11 @@
     tensorboard/             event files
     checkpoints/             see `seqmodels.training.checkpoint`
     DONE                     JSON with the last step and the final metrics; there once the run has finished
+    logs/                    where programs on many hosts put what they said, also before the run begins
 
-`config.gin` comes first, so a folder without it is not a run. Whole files are written under a temporary name,
-flushed to the disk and renamed: a kill leaves the old file or the new one.
+`config.gin` comes first, so a folder without it is not a run. Whole files are replaced as a whole: a kill leaves the
+old file or the new one. On a disk they are written under a temporary name, flushed and renamed. In a bucket a file is
+one object, and what grows is put as a whole from time to time, see `seqmodels.files.GrowingFile`.
 """
 
 import datetime
@@ -24,59 +26,71 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import seqmodels
 from seqmodels.errors import InputError
+from seqmodels.files import TEMPORARY, GrowingFile, in_bucket, list_folder, to_path, told, write_file
 
-_LOCK = ".lock"
-_TEMPORARY = ".temporary"
+if TYPE_CHECKING:
+    from etils import epath
+
+_LOCK, _LOGS = ".lock", "logs"
 
 
 class RunDirectory:
-    """A run's folder on this machine's file system. Nothing is touched before `open`.
+    """A run's folder, on this machine's file system or in a bucket. Nothing is touched before `open`.
+
+    In a bucket nothing keeps a second program out: there the name of a job does, of which a cluster has one at a time.
 
     Args:
-        path: the folder; it and its parents are created when missing.
+        path: the folder; it and its parents are created when missing. gs://BUCKET/... is one in a bucket.
         writer: whether this process writes. In a job of several processes the first one does; in the others
             every call succeeds and writes nothing.
     """
 
     def __init__(self, path: str | os.PathLike, *, writer: bool = True):
-        self.path = Path(path)
+        self.path = to_path(path)
         self.writer = writer
         self._lock: TextIO | None = None
+        self._rows: GrowingFile | None = None
 
     def __enter__(self) -> "RunDirectory":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.close()
+        except InputError as lost:
+            if error is None:
+                raise
+            error.add_note(str(lost))
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> "epath.Path":
         return self.path / "checkpoints"
 
     @property
-    def tensorboard(self) -> Path:
+    def tensorboard(self) -> "epath.Path":
         return self.path / "tensorboard"
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> "epath.Path":
         return self.path / "metrics.jsonl"
 
     @property
     def finished(self) -> dict[str, Any] | None:
         """What `mark_finished` wrote, {"step": ..., "metrics": {...}}; None for a run that goes on."""
-        try:
-            return json.loads((self.path / "DONE").read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with told(f"cannot read the run directory {self.path}", self.path):
+            try:
+                return json.loads((self.path / "DONE").read_text())
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def open(self, config: str) -> None:
         """Create the folder or continue in it, and keep other programs on this machine out until `close`.
 
-        The kernel ends the lock with the process, however it ends. Each call adds an entry to
+        The kernel ends the lock with the process, however it ends. A bucket has none. Each call adds an entry to
         `environment.json`.
 
         Args:
@@ -90,39 +104,36 @@ class RunDirectory:
         if not self.writer:
             return
         try:
+            with told(f"cannot write the run directory {self.path}", self.path, expected="a writable folder"):
+                self._open(config)
+        except InputError as error:
+            self.close()
+            if isinstance(error.__cause__, FileExistsError | NotADirectoryError):
+                parts = (self.path, *self.path.parents)
+                file = next((part for part in parts if part.is_file()), error.__cause__.filename)
+                raise InputError(f"{file} is a file; the run directory {self.path} needs a folder there") from error
+            raise
+
+    def _open(self, config: str) -> None:
+        on_disk = not in_bucket(self.path)
+        if on_disk:
             self.path.mkdir(parents=True, exist_ok=True)
-            strangers = sorted(
-                entry.name
-                for entry in self.path.iterdir()
-                if entry.name != _LOCK and not entry.name.endswith(_TEMPORARY)
+        names = [entry.name for entry in list_folder(self.path)]
+        strangers = sorted(name for name in names if name not in (_LOCK, _LOGS) and not name.endswith(TEMPORARY))
+        if strangers and "config.gin" not in names:
+            raise InputError(
+                f"{self.path} is not a run directory: it holds {strangers[0]!r} and no config.gin; "
+                "name an empty or a new folder"
             )
-            if strangers and not (self.path / "config.gin").exists():
-                raise InputError(
-                    f"{self.path} is not a run directory: it holds {strangers[0]!r} and no config.gin; "
-                    "name an empty or a new folder"
-                )
+        if on_disk:
             self._take_lock()
-            self._settle_config(config)
+        self._settle_config(config)
+        if on_disk:
             self.tensorboard.mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            history = self.path / "environment.json"
-            starts = json.loads(history.read_text()) if history.exists() else []
-            _write(history, json.dumps([*starts, environment()], indent=1) + "\n")
-        except (FileExistsError, NotADirectoryError) as error:
-            self.close()
-            parts = (self.path, *self.path.parents)
-            file = next((part for part in parts if part.is_file()), error.filename)
-            raise InputError(
-                f"{file} is a file; the run directory {self.path} needs a folder there"
-            ) from error
-        except OSError as error:
-            self.close()
-            raise InputError(
-                f"cannot write the run directory {self.path}: {error.strerror}; expected a writable folder"
-            ) from error
-        except InputError:
-            self.close()
-            raise
+        history = self.path / "environment.json"
+        starts = json.loads(history.read_text()) if history.exists() else []
+        write_file(history, json.dumps([*starts, environment()], indent=1) + "\n")
 
     def check(self, config: str) -> None:
         """Raise `InputError` if the run was started with another config; writes nothing."""
@@ -132,43 +143,54 @@ class RunDirectory:
         self._refuse_other_config(file.read_text(), config)
 
     def close(self) -> None:
-        """Let other programs in."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Store what is not stored yet, and let other programs in."""
+        try:
+            if self._rows is not None:
+                self._rows.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def write_operative_config(self, text: str) -> None:
         """Write `operative_config.gin`; known only once everything has been constructed."""
         if self.writer:
-            _write(self.path / "operative_config.gin", text)
+            write_file(self.path / "operative_config.gin", text)
 
     def cut_metrics(self, step: int) -> None:
         """Cut off the rows of `metrics.jsonl` behind `step`, and a line torn by a kill.
 
         What is then appended makes the file of a run that was never stopped, as long as every row up to a
-        checkpoint's step was appended before that checkpoint was saved.
+        checkpoint's step was appended, and `store_metrics` called, before that checkpoint was saved.
         """
         if self.writer:
+            if self._rows is not None:
+                self._rows.close()
             kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
-            _write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            write_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append_metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one row, {"step": step, **values}; no kill of this process can lose it once this returns."""
+        """Append one row, {"step": step, **values}. On a disk no kill of this process can lose it once this returns, in
+        a bucket once `store_metrics` does."""
         if not self.writer:
             return
-        try:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.metrics}: {error.strerror}") from error
+        if self._rows is None:
+            self._rows = GrowingFile(self.metrics)
+        self._rows.write(json.dumps({"step": step, **values}) + "\n")
+
+    def store_metrics(self) -> None:
+        """Return once every row is in the run directory, wherever that is."""
+        if self._rows is not None:
+            self._rows.flush()
 
     def mark_finished(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write `DONE`: from now on this run has nothing left to do."""
         if self.writer:
-            _write(self.path / "DONE", json.dumps({"step": step, "metrics": dict(metrics)}, indent=1) + "\n")
+            write_file(self.path / "DONE", json.dumps({"step": step, "metrics": dict(metrics)}, indent=1) + "\n")
 
     def _take_lock(self) -> None:
-        self._lock = (self.path / _LOCK).open("a+")
+        file = Path(self.path) / _LOCK
+        self._lock = file.open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -186,7 +208,7 @@ class RunDirectory:
         """Write `config.gin`, or find that it says the same."""
         file = self.path / "config.gin"
         if not file.exists():
-            _write(file, config)
+            write_file(file, config)
             return
         self._refuse_other_config(file.read_text(), config)
 
@@ -212,10 +234,11 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         InputError: another line is not one JSON object with a step; the message has its number.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_text(errors="replace").split("\n")[:-1]
+    path = to_path(path)
+    with told(f"cannot read {path}", path):
+        if not path.exists():
+            return []
+        lines = path.read_bytes().decode(errors="replace").split("\n")[:-1]
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -242,7 +265,8 @@ def environment() -> dict[str, Any]:
 
 
 def source_revision() -> dict[str, Any] | None:
-    """{"revision": commit, "changed": [changed files]}; None when the code is not in a git checkout."""
+    """{"revision": commit, "changed": [changed files]}. Where the code is not in a git checkout, as in a container,
+    {"revision": $SEQMODELS_REVISION}; None where that is not set."""
     root = Path(seqmodels.__file__).resolve().parent.parent
     git = shutil.which("git")
 
@@ -254,19 +278,8 @@ def source_revision() -> dict[str, Any] | None:
 
     # An installed package may lie inside some other repository, whose revision says nothing about it.
     if git is None or ask("rev-parse", "--show-toplevel") != str(root):
-        return None
+        revision = os.environ.get("SEQMODELS_REVISION")
+        return {"revision": revision} if revision else None
     changed = ask("status", "--porcelain") or ""
     return {"revision": ask("rev-parse", "--verify", "--quiet", "HEAD"), "changed": changed.splitlines()}
 
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole: after a kill or a full disk it is the old one or the new one."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error

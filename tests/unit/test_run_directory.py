@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import pytest
 
 from seqmodels.errors import InputError
+from seqmodels.files import GrowingFile, to_path
 from seqmodels.training.run_directory import RunDirectory, read_metrics, source_revision
 from tests.permissions import unprivileged
 
@@ -187,3 +189,64 @@ def test_the_source_revision_is_that_of_the_checkout():
         assert found["revision"] == head.stdout.strip()
     else:
         assert found is None or found["revision"] is None
+
+
+def test_a_container_without_a_checkout_names_its_revision(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert source_revision() is None
+    monkeypatch.setenv("SEQMODELS_REVISION", "0123abc")
+    assert source_revision() == {"revision": "0123abc"}
+
+
+def test_a_checkout_is_believed_more_than_a_variable(monkeypatch):
+    before = source_revision()
+    if before is None:
+        pytest.skip("the code is in no checkout")
+    monkeypatch.setenv("SEQMODELS_REVISION", "0123abc")
+    assert source_revision() == before
+
+
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_logs_of_hosts_may_be_there_first(gcs, tmp_path, where):
+    path = tmp_path if where == "disk" else to_path("gs://bucket/logs-first")
+    with GrowingFile(folder_for(path / "logs" / "attempt-0") / "host-0.log") as log:
+        log.write("starting\n")
+    with RunDirectory(path) as run:
+        run.open(CONFIG)
+    assert (path / "config.gin").read_text() == CONFIG
+
+
+def folder_for(path):
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def test_a_run_in_a_bucket_is_created_continued_and_refused(gcs):
+    path = to_path("gs://bucket/run-directory")
+    for start in (1, 2):
+        with RunDirectory(path) as run:
+            assert (run.finished is None) == (start == 1)
+            run.open(CONFIG)
+            run.cut_metrics(0)
+            run.append_metrics(1, {"loss": 0.5})
+            run.mark_finished(1, {"loss": 0.5})
+        assert read_metrics(run.metrics) == [{"step": 1, "loss": 0.5}]
+        assert len(json.loads((path / "environment.json").read_text())) == start
+    with pytest.raises(InputError, match="another config"), RunDirectory(path) as run:
+        run.open(CONFIG.replace("64", "128"))
+    gcs.put("strange/thesis.tex", b"precious")
+    with pytest.raises(InputError, match=r"holds 'thesis\.tex' and no config\.gin"):
+        RunDirectory("gs://bucket/strange").open(CONFIG)
+    assert gcs.below("strange") == {"thesis.tex": b"precious"}
+
+
+def test_rows_in_a_bucket_wait_until_they_are_asked_for_or_the_run_is_closed(gcs):
+    with RunDirectory("gs://bucket/rows") as run:
+        run.open(CONFIG)
+        run.cut_metrics(0)
+        run.append_metrics(1, {"loss": 1.0})
+        assert read_metrics(run.metrics) == []
+        run.store_metrics()
+        assert [row["step"] for row in read_metrics(run.metrics)] == [1]
+        run.append_metrics(2, {"loss": 0.5})
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2]
