@@ -157,6 +157,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # Orbax would wait for the others, who may not know of the error.
         try:
             self.close()
         except InputError as lost:

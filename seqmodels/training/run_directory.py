@@ -6,6 +6,7 @@
     metrics.jsonl            one JSON object per line, each with its step
     tensorboard/             event files
     checkpoints/             see `seqmodels.training.checkpoint`
+    logs/                    what the program printed on every host, of `gcp.entry`, which begins before the program
     DONE                     JSON with the last step and the final metrics; there once the run has finished
 
 `config.gin` comes first, so a folder without it is not a run. Whole files are written under a temporary name,
@@ -29,6 +30,7 @@ from typing import Any, TextIO
 import seqmodels
 from seqmodels.errors import InputError
 
+LOGS = "logs"
 _LOCK = ".lock"
 _TEMPORARY = ".temporary"
 
@@ -94,7 +96,7 @@ class RunDirectory:
             strangers = sorted(
                 entry.name
                 for entry in self.path.iterdir()
-                if entry.name != _LOCK and not entry.name.endswith(_TEMPORARY)
+                if entry.name not in (_LOCK, LOGS) and not entry.name.endswith(_TEMPORARY)
             )
             if strangers and not (self.path / "config.gin").exists():
                 raise InputError(
