@@ -51,7 +51,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:
-    if "--" not in argv:
+    if "--" not in argv[:-1]:
         raise InputError("no program: expected python -m gcp.entry --run_dir DIR -- PROGRAM ARGUMENTS...")
     end = argv.index("--")
     arguments, command = _parser(os.environ).parse_args(argv[:end]), argv[end + 1 :]
@@ -86,7 +86,7 @@ def outcome(status: int, *, asked: bool) -> tuple[int, str]:
     if number not in signal.valid_signals():
         return EXIT_DEFECT, f"the program ended with {status}, which means nothing here"
     name = signal.Signals(number).name if number in iter(signal.Signals) else f"signal {number}"
-    return EXIT_RESTART, f"ended by {name}" + ("" if asked else ", taken for the loss of another process")
+    return EXIT_RESTART, f"ended by {name}" + ("" if asked else ", taken for a lost process")
 
 
 def finished_step(run_dir: str) -> int | None:

@@ -187,15 +187,16 @@ class _Pod:
             process.wait()
 
     def _outcome(self, first: Host | None) -> tuple[int, str]:
-        """A code that is no restart beats one that is. first: the host that ended first, if not with 0."""
+        """A code that is no restart beats one that is. first: the host that ended first with another code than 0."""
         ends = {host: outcome(process.returncode, asked=False) for host, process in self._processes.items()}
-        for host, (code, _) in ends.items():
+        for host in sorted(ends, key=lambda host: host != first):
+            code, _ = ends[host]
             if code in (EXIT_DEFECT, EXIT_INPUT):
                 return code, f"{host} has failed"
         if first is None:
             return (EXIT_RESTART, "ended on request") if self.asked else (EXIT_DONE, "done")
         code, reason = ends[first]
-        return code, f"{first} ended first, with exit code {code}" + (f" ({reason})" if reason else "")
+        return code, f"{first} has ended with {code}" + (f", {reason}" if reason else "")
 
     def _read(self, host: Host, process: subprocess.Popen) -> None:
         for line in process.stdout:
