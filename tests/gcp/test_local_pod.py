@@ -18,6 +18,7 @@ from tests.program.test_processes import assert_same_losses
 pytestmark = pytest.mark.xdist_group("programs")
 
 PROGRAM_WITH_DEFECT = Path(__file__).with_name("train_with_defect.py")
+ONE_DEVICE = ("--devices", "1")
 ON_MESH = "train.mesh=@DeviceMesh()"
 MIXED = ("DeviceMesh.data=1", "DeviceMesh.fsdp=2", "DeviceMesh.seq=2", "DeviceMesh.tensor=-1")
 
@@ -45,7 +46,7 @@ def without_logs(run: Path) -> dict[str, str]:
 def test_a_host_is_stopped_then_one_is_killed_and_the_run_is_that_of_one_device(job_file, cache, tmp_path):
     run = tmp_path / "run"
     job = job_file("train.steps = 12\ntrain.eval_every = 6\n")
-    with LocalPod(job, run, "--devices", "1", env=cache) as pod:
+    with LocalPod(job, run, *ONE_DEVICE, env=cache) as pod:
         pod.wait_for_step(3, attempt=0)
         os.kill(pod.entry("slice-0-host-1", 0), signal.SIGTERM)
         stopped = int(pod.wait_for_line(r"stopped after step (\d+) and saved")[1])
@@ -57,7 +58,7 @@ def test_a_host_is_stopped_then_one_is_killed_and_the_run_is_that_of_one_device(
     assert "slice-0-host-1 has ended with 42, ended by SIGKILL, taken for a lost process: restart 2 of 50" in pod.text
 
     before = without_logs(run)
-    with LocalPod(job, run, "--devices", "1", env=cache) as pod:
+    with LocalPod(job, run, *ONE_DEVICE, env=cache) as pod:
         assert pod.ended() == EXIT_DONE
     assert "finished at step 12, nothing left to do" in pod.text and "restart" not in pod.text
     assert without_logs(run) == before
@@ -87,7 +88,7 @@ def test_a_pod_of_four_hosts_that_is_stopped_and_killed_is_as_an_undisturbed_one
 
 
 def check_defect(job: Path, run: Path, env: dict[str, str], processes: int, rank: int, step: int) -> None:
-    with LocalPod(job, run, env=env | {"DEFECT": f"{rank}:{step}"}, processes=processes) as pod:
+    with LocalPod(job, run, *ONE_DEVICE, env=env | {"DEFECT": f"{rank}:{step}"}, processes=processes) as pod:
         assert pod.ended() == EXIT_DEFECT, pod.text
     assert "restart" not in pod.text
     told = pod.when(rf"\[slice-0-host-{rank}\] TypeError: a defect at step {step}")
@@ -120,9 +121,9 @@ def test_a_wrong_config_is_told_once_by_each_and_not_tried_again(job_file, cache
 @pytest.mark.slow
 def test_two_slices_are_one_mesh(job_file, cache, tmp_path):
     job = job_file("train.steps = 8\n", slices=2)
-    with LocalPod(job, tmp_path / "run", env=cache, processes=4) as pod:
+    with LocalPod(job, tmp_path / "run", *ONE_DEVICE, env=cache, processes=4) as pod:
         assert pod.ended() == EXIT_DONE, pod.text
-    assert "devices: 8 x cpu, in 4 process(es)" in pod.text and "mesh: data=8" in pod.text
+    assert "devices: 4 x cpu, in 4 process(es)" in pod.text and "mesh: data=4" in pod.text
     assert sorted(path.name for path in (tmp_path / "run/logs/attempt-0").iterdir()) == [
         f"slice-{i}-host-{j}.log" for i in range(2) for j in range(2)
     ]

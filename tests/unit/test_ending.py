@@ -42,6 +42,10 @@ def stop():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(30)
 
+def stop_late():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)
+
 def at(now):
     if now == moment and culprit in (process, -1):
         globals()[deed]()
@@ -51,6 +55,7 @@ def program():
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
     x = jax.device_put(jnp.zeros(jax.device_count()), NamedSharding(mesh, PartitionSpec("x")))
     f = jax.jit(lambda x: x + x.sum())
+    ending.handle_stops()
     for step in range(20):
         f(x).block_until_ready()
         if step == 10:
@@ -146,10 +151,10 @@ def test_a_request_to_stop_before_the_first_step_ends_all_at_once():
     assert all(end.after < 20 for end in ends)
 
 
-def test_all_end_well_together():
-    ends = run_job(-1, "never", "nothing", processes=2)
+def test_all_end_well_together_also_where_one_is_asked_to_stop_after_the_last_step():
+    ends = run_job(1, "end", "stop_late", processes=2)
     assert [end.code for end in ends] == [EXIT_DONE] * 2, ends
-    assert all("error" not in end.said and "Traceback" not in end.said for end in ends)
+    assert all("ends the job" not in end.said and "Traceback" not in end.said for end in ends)
 
 
 def test_one_process_alone_returns_what_its_program_returns():
