@@ -130,8 +130,9 @@ class Log:
 
     def write(self, data: bytes) -> None:
         with contextlib.suppress(OSError):
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            rest = data
+            while rest:
+                rest = rest[os.write(sys.stdout.fileno(), rest) :]
         if self._file:
             self._tried(self._file.write, data)
 

@@ -16,7 +16,6 @@ from tests.permissions import unprivileged
 from tests.program.programs import REPOSITORY
 
 
-
 def command(run_dir: Path, *program: str) -> list[str]:
     return [sys.executable, "-m", "gcp.entry", "--run_dir", str(run_dir), "--", *program]
 
@@ -186,6 +185,14 @@ def test_a_log_that_cannot_be_written_costs_one_warning(tmp_path, name):
     code, said = ended(tmp_path / "run", "for i in range(100): print('line', i, flush=True)")
     assert code == EXIT_DONE and said.count("warning") == 1 and "line 99" in said
     assert file.read_text() == ""
+
+
+def test_nobody_reads_standard_output_and_the_log_has_it_all(tmp_path):
+    with start(tmp_path, "-c", "for i in range(1000): print('line', i, flush=True)") as process:
+        process.stdout.close()
+        assert process.wait(60) == EXIT_DONE
+    log = log_of(tmp_path, "slice-0-host-0")
+    assert "line 999" in log and log.endswith("entry: exit code 0, done\n")
 
 
 def test_a_folder_that_may_not_be_written_costs_one_warning(tmp_path, capfdbinary):

@@ -23,7 +23,7 @@ PROGRAM = Path(__file__).with_name("pretend.py")
 def play(monkeypatch, capfd, tmp_path):
     """Play a job whose processes end as told; the exit code, and what was printed."""
 
-    def play(ends: str = "", processes: int = 2, grace: float = 10.0, all_logs: bool = False, **keys) -> tuple[int, str]:
+    def play(ends="", processes=2, *, grace=10.0, all_logs=False, **keys) -> tuple[int, str]:
         monkeypatch.setenv("ENDS", ends)
         job = tiny_job(tmp_path / "tiny.gin", PROGRAM, **keys)
         code = local.run_local(job, processes, tmp_path / "run", grace=grace, all_logs=all_logs)

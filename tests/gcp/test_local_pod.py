@@ -12,7 +12,7 @@ import pytest
 from seqmodels import config
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT
 from tests.gcp.pods import LocalPod, log_of, tiny_job, write_job
-from tests.program.programs import contents, load_train_program, write_config
+from tests.program.programs import REPOSITORY, contents, load_train_program, write_config
 from tests.program.test_processes import assert_same_losses
 
 pytestmark = pytest.mark.xdist_group("programs")
@@ -45,9 +45,9 @@ def without_logs(run: Path) -> dict[str, str]:
 
 def test_a_host_is_stopped_then_one_is_killed_and_the_run_is_that_of_one_device(job_file, cache, tmp_path):
     run = tmp_path / "run"
-    job = job_file("train.steps = 12\ntrain.eval_every = 6\n")
+    job = job_file("train.steps = 8\ntrain.eval_every = 8\n")
     with LocalPod(job, run, *ONE_DEVICE, env=cache) as pod:
-        pod.wait_for_step(3, attempt=0)
+        pod.wait_for_step(2, attempt=0)
         os.kill(pod.entry("slice-0-host-1", 0), signal.SIGTERM)
         stopped = int(pod.wait_for_line(r"stopped after step (\d+) and saved")[1])
         pod.wait_for_step(stopped + 1, attempt=1)
@@ -60,7 +60,7 @@ def test_a_host_is_stopped_then_one_is_killed_and_the_run_is_that_of_one_device(
     before = without_logs(run)
     with LocalPod(job, run, *ONE_DEVICE, env=cache) as pod:
         assert pod.ended() == EXIT_DONE
-    assert "finished at step 12, nothing left to do" in pod.text and "restart" not in pod.text
+    assert "finished at step 8, nothing left to do" in pod.text and "restart" not in pod.text
     assert without_logs(run) == before
 
     arguments = ["--config", str(tmp_path / "tiny.gin"), "--run_dir", str(tmp_path / "alone")]
@@ -88,7 +88,8 @@ def test_a_pod_of_four_hosts_that_is_stopped_and_killed_is_as_an_undisturbed_one
 
 
 def check_defect(job: Path, run: Path, env: dict[str, str], processes: int, rank: int, step: int) -> None:
-    with LocalPod(job, run, *ONE_DEVICE, env=env | {"DEFECT": f"{rank}:{step}"}, processes=processes) as pod:
+    more = {"DEFECT": f"{rank}:{step}", "PYTHONPATH": str(REPOSITORY)}
+    with LocalPod(job, run, *ONE_DEVICE, env=env | more, processes=processes) as pod:
         assert pod.ended() == EXIT_DEFECT, pod.text
     assert "restart" not in pod.text
     told = pod.when(rf"\[slice-0-host-{rank}\] TypeError: a defect at step {step}")

@@ -4,11 +4,6 @@ A job file's `program`, for tests of what becomes of the other processes.
 """
 
 import os
-import sys
-from pathlib import Path
-
-REPOSITORY = Path(__file__).parents[2]
-sys.path.insert(0, str(REPOSITORY))
 
 import jax
 
