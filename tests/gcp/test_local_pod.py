@@ -107,8 +107,9 @@ def test_a_defect_in_one_process_ends_all_and_is_not_tried_again(job_file, cache
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "step"), [(2, 0), (2, 9), (0, 0), (0, 9)])
 def test_a_defect_in_one_of_four(job_file, cache, tmp_path, rank, step):
-    """At the start, and in the step after a save began, which goes on in the background."""
+    """At the start, and in the step after a save began, which is completed."""
     check_defect(job_file(program=PROGRAM_WITH_DEFECT), tmp_path / "run", cache, processes=4, rank=rank, step=step)
+    assert step == 0 or (tmp_path / "run" / "checkpoints" / "8").exists()
 
 
 def test_a_wrong_config_is_told_once_by_each_and_not_tried_again(job_file, cache, tmp_path):
