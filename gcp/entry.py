@@ -51,10 +51,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:
-    if "--" not in argv[:-1]:
-        raise InputError("no program: expected python -m gcp.entry --run_dir DIR -- PROGRAM ARGUMENTS...")
-    end = argv.index("--")
+    end = argv.index("--") if "--" in argv else len(argv)
     arguments, command = _parser(os.environ).parse_args(argv[:end]), argv[end + 1 :]
+    if not command:
+        raise InputError("no program: expected python -m gcp.entry --run_dir DIR -- PROGRAM ARGUMENTS...")
     place = f"slice-{arguments.slice}-host-{arguments.host}"
     log = Log(f"{arguments.run_dir.rstrip('/')}/logs/attempt-{arguments.attempt}/{place}.log")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -65,7 +65,8 @@ class Verdict(NamedTuple):
 def run_as_one(program: Callable[[], int]) -> int:
     """Run `program()`, as all processes of the job do, and return the exit code that it returns.
 
-    Where `jax.distributed` is in use, an error in any process ends all of them, this one inside this call.
+    Where `jax.distributed` is in use, an error in any process ends all of them, this one inside this call, and whoever
+    calls it is to end the process soon after: what is left to wait for the others is cut off.
     """
     if not jax.distributed.is_initialized():
         return program()
