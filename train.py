@@ -7,7 +7,6 @@ The same command goes on where a run was stopped or killed, and says so when the
 
 import argparse
 import os
-import sys
 from typing import Any
 
 # Before NumPy is loaded: with several threads, small linear algebra on the CPU is a hundred times slower.
@@ -17,17 +16,17 @@ import jax
 
 from seqmodels import config
 from seqmodels.constructors import register_constructors
-from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART, run_main
+from seqmodels.errors import EXIT_DONE, EXIT_RESTART, run_main
 from seqmodels.evaluation.generation import Sampling, encode_prompt, generate, until_separator
 from seqmodels.files import write_file
 from seqmodels.models.accounting import flops_per_token, parameter_count
+from seqmodels.parallel.ending import run_as_one
 from seqmodels.parallel.mesh import describe_mesh, replicated, rows_of_process
 from seqmodels.parallel.partition import partition_table
 from seqmodels.parallel.start_up import add_arguments, start_processes
 from seqmodels.start_up import prepare_jax
 from seqmodels.training import (
     Checkpointer,
-    NonFiniteError,
     Report,
     RunDirectory,
     TrainingJob,
@@ -57,7 +56,9 @@ exit codes:
   0   done
   1   a defect, or a loss or gradient that is not finite
   2   an input is wrong; one line says which
-  42  stopped by SIGTERM or Ctrl-C after saving, or a bucket could not be reached; the same command continues"""
+  42  stopped by SIGTERM or Ctrl-C after saving, or a bucket or other processes of the job are out of reach; the same
+      command continues
+All processes of a job end with the same one."""
 
 
 def main(argv: list[str]) -> int:
@@ -78,12 +79,15 @@ def main(argv: list[str]) -> int:
     rest, overrides = config.split_overrides(argv)
     arguments = parser.parse_args(rest)
 
+    def program() -> int:
+        register_constructors()
+        config.parse(arguments.config, overrides)
+        with RunDirectory(arguments.run_dir, writer=jax.process_index() == 0) as run:
+            return train(TrainingJob(), run)
+
     prepare_jax()
     start_processes(arguments)
-    register_constructors()
-    config.parse(arguments.config, overrides)
-    with RunDirectory(arguments.run_dir, writer=jax.process_index() == 0) as run:
-        return train(TrainingJob(), run)
+    return run_as_one(program)
 
 
 def train(job: TrainingJob, run: RunDirectory) -> int:
@@ -221,13 +225,5 @@ def write_sample(job: TrainingJob, params: Any) -> None:
     say(f"a sample:\n\n{job.sample_prompt}{text}\n")
 
 
-def cli(argv: list[str]) -> int:
-    try:
-        return main(argv)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_DEFECT
-
-
 if __name__ == "__main__":
-    run_main(cli)
+    run_main(main)

@@ -114,8 +114,8 @@ run_container() {
 # What another host of these machines reported when it stopped without being done. It does not come back, and this one
 # would wait for it in vain.
 stopped_elsewhere() {
-    gcloud storage cat "$run_dir/logs/hosts/*" | awk -v first="$first" '$6 + 0 >= first && / exit [1-9][0-9]*, stopped/' |
-        sed -n 1p
+    gcloud storage cat "$run_dir/logs/hosts/*" |
+        awk -v first="$first" '$6 + 0 >= first && / exit [1-9][0-9]*, stopped/' | sed -n 1p
 }
 
 host=$(metadata agent-worker-number)

@@ -6,11 +6,18 @@ listens, how many there are, and which one it is.
 
 import argparse
 import importlib.util
+import os
+import sys
+import threading
+from typing import Any
 
 import jax
 
-from seqmodels.errors import InputError
+from seqmodels.errors import EXIT_RESTART, InputError, LostContactError
 from seqmodels.start_up import has_tpu_chips
+
+# Seconds until all processes have come. On a pod, machines load the container's image at different speeds.
+PATIENCE = 900
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def start_processes(arguments: argparse.Namespace) -> None:
     """Join the other processes of the job, if there are any. To be called before jax looks for devices.
 
-    Raises `InputError` where only some of the flags are given, or they contradict each other.
+    Where they do not all come, the process ends with exit code 42.
+
+    Raises `InputError` where only some of the flags are given, or they contradict each other, and `LostContactError`
+    where no connection can be made.
     """
     flags = {name: getattr(arguments, name) for name in ("coordinator", "processes", "process")}
     given = [name for name, value in flags.items() if value is not None]
     if not given:
-        if _is_tpu_host():
-            jax.distributed.initialize()
+        if _is_one_of_several_hosts():
+            _join()
         return
     if len(given) < len(flags):
         missing = ", ".join(f"--{name}" for name in flags if name not in given)
@@ -42,7 +52,43 @@ def start_processes(arguments: argparse.Namespace) -> None:
     if ":" not in flags["coordinator"]:
         raise InputError(f"--coordinator is {flags['coordinator']!r}: expected HOST:PORT")
     if flags["processes"] > 1:
-        jax.distributed.initialize(flags["coordinator"], flags["processes"], flags["process"])
+        _join(
+            coordinator_address=flags["coordinator"],
+            num_processes=flags["processes"],
+            process_id=flags["process"],
+        )
+
+
+def _join(**place: Any) -> None:
+    """`jax.distributed.initialize`, which aborts once its time is over."""
+    timer = threading.Timer(PATIENCE, _give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(**place, initialization_timeout=PATIENCE + 60)
+    except RuntimeError as error:
+        if "distributed.initialize" in str(error):
+            raise  # It is called too late, or twice.
+        raise LostContactError(f"cannot join the other processes of the job: {error}") from error
+    finally:
+        timer.cancel()
+
+
+def _give_up() -> None:
+    print(f"error: not all processes of the job have come within {PATIENCE} s", file=sys.stderr, flush=True)
+    os._exit(EXIT_RESTART)
+
+
+def _is_one_of_several_hosts() -> bool:
+    """Whether this machine has TPU chips that jax can use, or plays one that has, and is not known to be the only one.
+
+    A host of a pod on GKE finds all of them in its environment. Elsewhere jax asks the machine, and may find one.
+    """
+    if not (_is_tpu_host() or "JAX_FORCE_TPU_INIT" in os.environ):
+        return False
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
+    return hosts is None or len(hosts.split(",")) * slices > 1
 
 
 def _is_tpu_host() -> bool:

@@ -22,12 +22,14 @@ has copied every array to the host. (On the CPU it reads the arrays in place; ja
 donates them gets other memory.)
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,12 +44,15 @@ from jax.experimental import multihost_utils
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.files import copy_folder, in_bucket, list_folder, refusal, to_path, told
+from seqmodels.parallel.ending import may_be_lost_contact
 from seqmodels.parallel.mesh import must_take_turns
 
 State = TypeVar("State")
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DAMAGED = "damaged-"
 _COMMITTED = "commit_success.txt"
+# Seconds for a save that is under way where a process of several has failed.
+_COMPLETED_WITHIN = 20.0
 
 
 class DataIterator(Protocol):
@@ -166,6 +171,13 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if error is not None and jax.process_count() > 1:
+            # A save under way is completed if the others, who do not know of the error yet, are there for it.
+            if not may_be_lost_contact(error):
+                closing = threading.Thread(target=self._close_silently, daemon=True)
+                closing.start()
+                closing.join(_COMPLETED_WITHIN)
+            return
         try:
             self.close()
         except InputError as lost:
@@ -224,6 +236,10 @@ class Checkpointer:
             self.wait()
         finally:
             self._guarded(self._manager.close)
+
+    def _close_silently(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
 
     def restore(self, abstract_state: State, data_iterator: DataIterator | None = None) -> Restored | None:
         """The newest checkpoint that is whole, or None when there is no checkpoint at all.

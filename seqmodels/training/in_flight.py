@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from seqmodels.errors import ToldError
 from seqmodels.training.step import StepResult
 
 SHOWN = 5
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(ToldError, ArithmeticError):
     """The loss, the gradient or the update of a step is not finite. The message names step, batch and
     parameters."""
 

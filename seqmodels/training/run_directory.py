@@ -6,8 +6,8 @@
     metrics.jsonl            one JSON object per line, each with its step
     tensorboard/             event files
     checkpoints/             see `seqmodels.training.checkpoint`
+    logs/                    what the program printed on every host, of `gcp.entry`, which begins before the program
     DONE                     JSON with the last step and the final metrics; there once the run has finished
-    logs/                    where programs on many hosts put what they said, also before the run begins
 
 `config.gin` comes first, so a folder without it is not a run. Whole files are replaced as a whole: a kill leaves the
 old file or the new one. On a disk they are written under a temporary name, flushed and renamed. In a bucket a file is
@@ -35,7 +35,8 @@ from seqmodels.files import TEMPORARY, GrowingFile, in_bucket, list_folder, to_p
 if TYPE_CHECKING:
     from etils import epath
 
-_LOCK, _LOGS = ".lock", "logs"
+LOGS = "logs"
+_LOCK = ".lock"
 
 
 class RunDirectory:
@@ -119,7 +120,7 @@ class RunDirectory:
         if on_disk:
             self.path.mkdir(parents=True, exist_ok=True)
         names = [entry.name for entry in list_folder(self.path)]
-        strangers = sorted(name for name in names if name not in (_LOCK, _LOGS) and not name.endswith(TEMPORARY))
+        strangers = sorted(name for name in names if name not in (_LOCK, LOGS) and not name.endswith(TEMPORARY))
         if strangers and "config.gin" not in names:
             raise InputError(
                 f"{self.path} is not a run directory: it holds {strangers[0]!r} and no config.gin; "

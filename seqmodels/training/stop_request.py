@@ -6,6 +6,8 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
+from seqmodels.parallel.ending import handle_stops
+
 
 class StopRequest:
     """A context in which the first SIGTERM or SIGINT is only noted; a second one acts as if there were no
@@ -28,6 +30,7 @@ class StopRequest:
         return self._noted
 
     def __enter__(self) -> "StopRequest":
+        handle_stops()
         if self._distributed:
             self._handle(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
         else:

@@ -111,8 +111,8 @@ class Case:
     splits           lengths of the spans into which the split law cuts
     is_extreme       whether gates or scores are at the edge of their range
     splits_heads     whether there are heads for two devices
-    plain_laws       names of the laws that a plain run tries, but for `NOT_PLAIN`; the rest is left to `pytest -m slow`.
-                     None is all
+    plain_laws       names of the laws that a plain run tries, but for `NOT_PLAIN`; the rest is left to
+                     `pytest -m slow`. None is all
     finds_starts     whether a document that starts with a span is told from one that goes on. An operator cannot
                      know: the state it is given belongs to the first document of the span
     """

@@ -476,7 +476,8 @@ def test_a_finished_run_whose_job_is_gone_is_finished(backend, cloud, command):
 def test_programs_that_end_and_leave_no_finished_run(hosts, state, cloud, command):
     command("up", QUEUED)
     for host in range(hosts):
-        cloud.file(f"{RUN}/logs/hosts/slice-0-host-{host}").write_text(f"slice 0 host {host} attempt 0: exit 0, stopped\n")
+        report = cloud.file(f"{RUN}/logs/hosts/slice-0-host-{host}")
+        report.write_text(f"slice 0 host {host} attempt 0: exit 0, stopped\n")
     _, printed = command("status", QUEUED)
     assert f"state        {state}" in printed
 

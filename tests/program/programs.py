@@ -74,7 +74,7 @@ def load_train_program() -> Callable[[list[str]], int]:
     specification = importlib.util.spec_from_file_location("train", REPOSITORY / "train.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    return module.cli
+    return module.main
 
 
 def run_here(program: Callable[[list[str]], int | None], arguments: list, monkeypatch, capsys) -> Ended:

@@ -480,25 +480,21 @@ def gin_file(tmp_path):
 )
 def test_a_wrong_config_leaves_no_run_directory_behind(gin_file, tmp_path, override, message):
     with pytest.raises(InputError, match=message) as raised:
-        train_program.cli(
+        train_program.main(
             ["--config", str(gin_file), "--run_dir", str(tmp_path / "run"), f"--gin.{override}"]
         )
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_not_finite_is_exit_code_1_and_a_message(gin_file, tmp_path, capsys):
-    arguments = [
-        "--config",
-        str(gin_file),
-        "--run_dir",
-        str(tmp_path / "run"),
-        "--gin.AdamW.learning_rate=1e30",
-    ]
-    assert train_program.cli(arguments) == EXIT_DEFECT
-    error = capsys.readouterr().err
-    assert error.startswith("error: step 2: ") or error.startswith("error: step 1: ")
-    assert "largest of" in error and "Traceback" not in error
+def test_not_finite_is_exit_code_1_and_a_message(here, gin_file, tmp_path):
+    run = tmp_path / "run"
+    ended = here(
+        train_program.main, "--config", gin_file, "--run_dir", run, "--gin.AdamW.learning_rate=1e30"
+    )
+    assert ended.code == EXIT_DEFECT
+    assert ended.err.startswith("error: step 2: ") or ended.err.startswith("error: step 1: ")
+    assert "largest of" in ended.err and "Traceback" not in ended.err
 
 
 def test_sigterm_from_outside_saves_and_exits_42(gin_file, tmp_path):

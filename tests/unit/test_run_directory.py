@@ -59,6 +59,7 @@ def test_another_config_is_refused_with_the_lines_that_differ(tmp_path):
 def test_a_kill_before_the_config_was_written_leaves_a_folder_that_can_be_used(tmp_path):
     (tmp_path / ".lock").write_text("1\n")
     (tmp_path / "config.gin.temporary").write_text("model.wi")
+    (tmp_path / "logs" / "attempt-0").mkdir(parents=True)  # what starts the program writes them
     with RunDirectory(tmp_path) as run:
         run.open(CONFIG)
     assert (tmp_path / "config.gin").read_text() == CONFIG
