@@ -3,7 +3,7 @@
     python -m gcp.local JOB.toml --processes 4 --run_dir runs/local --gin.train.steps=40
 
 What is real: processes find each other as hosts of a pod do; the entry, its logs and exit codes, checkpoints. What is
-not: chips are devices of the CPU, the network is this machine's, the run directory is a folder.
+not: chips are devices of the CPU, the network is this machine's, the run directory may be a folder.
 
 The part of JobSet is played too. When a process ends with a code to start again, all are ended, by SIGTERM and after a
 while by SIGKILL, and all start again, `max_restarts` times. When one ends with 1 or 2, the job has failed with it.
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from gcp.entry import die_with_parent, outcome
 from gcp.job import Job, read_job
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, EXIT_RESTART, InputError, run_main
+from seqmodels.files import in_bucket
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Seconds between SIGTERM and SIGKILL: what GKE leaves a pod whose machine is taken back.
@@ -47,7 +48,7 @@ class Host(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB.toml", type=Path, help="the job file; gcp/examples has some")
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="hosts of the pod, in all slices")
-    parser.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="a folder, in place of the job's")
+    parser.add_argument("--run_dir", required=True, metavar="DIR", help="a folder or a bucket's, in place of the job's")
     parser.add_argument("--devices", type=int, default=2, metavar="N", help="in place of the chips of a host (2)")
     parser.add_argument(
         "--all_logs", action="store_true", help="show all that every process prints, not the first only"
@@ -90,7 +91,7 @@ def run_local(
 
     Args:
         processes: of all slices together, which have the same number each.
-        run_dir: a folder, in place of the job's.
+        run_dir: a folder, or one in a bucket, in place of the job's.
         devices: of every process, in place of the chips of a host.
         all_logs: show all that every process prints, and not of others than the first their starts, ends and errors.
         grace: seconds between SIGTERM and SIGKILL.
@@ -102,11 +103,12 @@ def run_local(
     if devices < 1:
         raise InputError(f"--devices is {devices}: expected at least 1")
     hosts = [Host(*divmod(i, processes // job.slices)) for i in range(processes)]
+    run_dir = os.fspath(run_dir) if in_bucket(run_dir) else os.path.abspath(run_dir)
     screen = _Screen(hosts[0], all_logs)
     for line in _what_differs(job):
         screen.say(line)
     for attempt in range(job.max_restarts + 1):
-        with _Pod(job, hosts, Path(run_dir).absolute(), devices, attempt, screen) as pod, _signals_interrupt():
+        with _Pod(job, hosts, run_dir, devices, attempt, screen) as pod, _signals_interrupt():
             code, reason = pod.wait(grace)
         if code != EXIT_RESTART:
             screen.say(f"exit code {code}: {reason}")
@@ -124,14 +126,14 @@ class _Pod:
     """The processes of one attempt, which do not outlive the context. asked: whether a person has ended it."""
 
     def __init__(
-        self, job: Job, hosts: Sequence[Host], run_dir: Path, devices: int, attempt: int, screen: "_Screen"
+        self, job: Job, hosts: Sequence[Host], run_dir: str, devices: int, attempt: int, screen: "_Screen"
     ) -> None:
         self.asked = False
         self._screen = screen
         port = _free_port()
         self._processes = {
             host: subprocess.Popen(
-                [sys.executable, *job.command(str(run_dir))],
+                [sys.executable, *job.command(run_dir)],
                 cwd=REPOSITORY,
                 env=os.environ | _variables(job, host, len(hosts) // job.slices, devices, attempt, port),
                 stdin=subprocess.DEVNULL,

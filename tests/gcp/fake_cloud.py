@@ -84,6 +84,7 @@ class FakeCloud:
         self.jobs: dict[str, dict] = {}
         self.calls: list[str] = []  # everything that was asked for, a command line each
         self.stories = [["running"]]
+        self.contexts = ["gke_my-project_us-west4_pods"]
         self.faults: list[tuple[str, str, int]] = []
         self.rival: str | None = None
         for name in ("kubectl", "gcloud", "gke-gcloud-auth-plugin"):
@@ -200,7 +201,7 @@ class FakeCloud:
 
 def kubectl(cloud: FakeCloud, words: list[str], text: str) -> str:
     names, flags = _split(words)
-    if flags["context"] != "gke_my-project_us-west4_pods":
+    if flags["context"] not in cloud.contexts:
         raise Refused(f'error: context "{flags["context"]}" does not exist')
     assert flags["namespace"] == "default"
     verb, *names = names

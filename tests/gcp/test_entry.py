@@ -16,17 +16,17 @@ from tests.permissions import unprivileged
 from tests.program.programs import REPOSITORY
 
 
-def command(run_dir: Path, *program: str) -> list[str]:
+def command(run_dir: Path | str, *program: str) -> list[str]:
     return [sys.executable, "-m", "gcp.entry", "--run_dir", str(run_dir), "--", *program]
 
 
-def start(run_dir: Path, *program: str, **variables: str) -> subprocess.Popen:
+def start(run_dir: Path | str, *program: str, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         command(run_dir, *program), cwd=REPOSITORY, env=os.environ | variables, stdout=subprocess.PIPE, text=True
     )
 
 
-def ended(run_dir: Path, program: str, **variables: str) -> tuple[int, str]:
+def ended(run_dir: Path | str, program: str, **variables: str) -> tuple[int, str]:
     """Exit code and output of the entry of `python -c program`."""
     with start(run_dir, "-c", program, **variables) as process:
         said, _ = process.communicate(timeout=60)
@@ -211,6 +211,22 @@ def test_the_last_line_names_the_step_of_a_finished_run(tmp_path):
     assert ended(tmp_path, "")[1].endswith("exit code 0, done: the run is finished at step 7\n")
     (tmp_path / "DONE").write_text("torn")
     assert ended(tmp_path, "")[1].endswith("exit code 0, done\n")
+
+
+def test_the_log_of_a_run_in_a_bucket_is_there(gcs):
+    run = "gs://bucket/runs/logged"
+    gcs.put("runs/logged/DONE", b'{"step": 7}')
+    code, said = ended(run, "print('a line')", **gcs.environment, TPU_WORKER_ID="3", SEQMODELS_ATTEMPT="2")
+    log = gcs.below("runs/logged")["logs/attempt-2/slice-0-host-3.log"].decode()
+    assert code == EXIT_DONE and "a line" in log and log == said
+    assert log.endswith("exit code 0, done: the run is finished at step 7\n")
+
+
+def test_a_bucket_that_refuses_the_log_costs_one_warning(gcs):
+    with gcs.ruled(lambda request: 403):
+        code, said = ended("gs://bucket/runs/refused", "print('a line')", **gcs.environment)
+    assert code == EXIT_DONE and said.count("warning") == 1 and "a line" in said
+    assert "does not let this account do so (403)" in said
 
 
 @pytest.mark.parametrize("arguments", [["--run_dir", "x"], ["--run_dir", "x", "--"], ["--", "train.py"]])

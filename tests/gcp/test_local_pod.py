@@ -11,6 +11,7 @@ import pytest
 
 from seqmodels import config
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT
+from seqmodels.files import to_path
 from tests.gcp.pods import LocalPod, log_of, tiny_job, write_job
 from tests.program.programs import REPOSITORY, contents, load_train_program, write_config
 from tests.program.test_processes import assert_same_losses
@@ -85,6 +86,20 @@ def test_a_pod_of_four_hosts_that_is_stopped_and_killed_is_as_an_undisturbed_one
         assert pod.ended() == EXIT_DONE, pod.text
     assert "restart" not in pod.text
     assert_same_losses(run, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_pod_whose_run_is_in_a_bucket_loses_a_host_and_goes_on(job_file, cache, gcs, tmp_path):
+    job, run = job_file("train.steps = 12\ntrain.eval_every = 12\n"), "gs://bucket/runs/pod"
+    with LocalPod(job, run, *ONE_DEVICE, env=cache | gcs.environment) as pod:
+        pod.wait_for(lambda: "checkpoints/4/commit_success.txt" in gcs.below("runs/pod"))
+        os.kill(pod.entry("slice-0-host-1", 0), signal.SIGKILL)
+        assert pod.ended() == EXIT_DONE, pod.text
+    assert "restart 1 of 50" in pod.text and "continuing after step" in pod.text
+    assert {"DONE", *(f"logs/attempt-{i}/slice-0-host-0.log" for i in range(2))} <= gcs.below("runs/pod").keys()
+    assert load_train_program()(["--config", str(tmp_path / "tiny.gin"), "--run_dir", str(tmp_path / "alone")]) == EXIT_DONE
+    config.clear()
+    assert_same_losses(to_path(run), tmp_path / "alone")
 
 
 def check_defect(job: Path, run: Path, env: dict[str, str], processes: int, rank: int, step: int) -> None:
