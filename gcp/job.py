@@ -187,8 +187,8 @@ _DNS_NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 _DIGEST = r"[^\s@]+@sha256:[0-9a-f]{64}"
 _BUCKET = r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/\S*)?"
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
-# What keys of the services that people use begin with, and anything long without a space or a slash.
-_SECRET_VALUE = r"(hf_|sk-|ghp_|glpat-|xox[abp]-|AIza|ya29\.)\S{8,}|[A-Za-z0-9+_=-]{32,}"
+# What keys of the services that people use begin with, and anything long without a space or a slash but flags.
+_SECRET_VALUE = r"(hf_|sk-|ghp_|glpat-|xox[abp]-|AIza|ya29\.)\S{8,}|(?!--)[A-Za-z0-9+_=-]{32,}"
 _SECRET_NAME = r"(?i).*(secret|token|password|passwd|api_?key|credential).*"
 
 

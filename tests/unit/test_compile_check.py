@@ -1,6 +1,8 @@
 """What is read off compiled programs: of some whose products, bytes and collectives are known by hand, compiled for TPU
 slices; and the command line on a small job."""
 
+import argparse
+import dataclasses
 import itertools
 import json
 import random
@@ -8,6 +10,7 @@ from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,8 +20,9 @@ from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.tools.compile_check import __main__ as compile_check
 from seqmodels.tools.compile_check import chips, hlo, schedule
-from seqmodels.training.compiler_presets import PRESETS
-from tests.program.programs import write_config
+from seqmodels.training import TrainingJob
+from seqmodels.training.compiler_presets import PRESETS, compiler_options
+from tests.program.programs import REPOSITORY, write_config
 from tests.tpu_compiler import needs_tpu_compiler
 
 # Programs for TPUs are kept in the cache of compiled programs, but cannot be read without one.
@@ -178,6 +182,18 @@ def test_an_option_that_the_compiler_does_not_know_is_refused():
         compiled(jnp.sin, ((8,), jnp.float32, P()), options={"xla_tpu_no_such_option": True}, data=-1)
 
 
+def test_no_option_of_the_compiler_unless_a_job_asks_for_a_preset():
+    """No shipped config does."""
+    for chip in chips.CHIPS.values():
+        devices = np.array([argparse.Namespace(device_kind=chip.kind)])
+        assert compiler_options(None, argparse.Namespace(devices=devices)) == {}
+        kinds = [of_kind.get(chip.kind, {}) for of_kind in PRESETS.values()]
+        assert [compiler_options(name, argparse.Namespace(devices=devices)) for name in PRESETS] == kinds
+    preset = next(field for field in dataclasses.fields(TrainingJob) if field.name == "compiler_preset")
+    assert preset.default is None
+    assert not [file for file in (REPOSITORY / "configs").rglob("*.gin") if "compiler_preset" in file.read_text()]
+
+
 def test_presets_are_for_known_devices():
     kinds = {chip.kind for chip in chips.CHIPS.values()}
     assert all(set(of_kind) <= kinds for of_kind in PRESETS.values())
@@ -231,6 +247,19 @@ def test_a_job_that_does_not_fit(gin, here):
     ended = here(compile_check.main, "--config", gin, "--topology", "v5e:2x4", *large)
     assert ended.code == EXIT_DEFECT, ended
     assert "DOES NOT COMPILE: RESOURCE_EXHAUSTED" in ended.out and "exceed" in ended.out
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", SLICES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_compiles_a_training_step_on_every_generation(gin, here, tmp_path, preset, generation):
+    report = tmp_path / "report.json"
+    preset_given = f"--gin.train.compiler_preset={preset!r}"
+    ended = here(compile_check.main, "--config", gin, "--topology", SLICES[generation], preset_given, "--json", report)
+    assert ended.code == EXIT_DONE, ended
+    (found,) = json.loads(report.read_text())["reports"]
+    assert found["preset"] == preset and found["options"] == PRESETS[preset].get(chips.CHIPS[generation].kind, {})
 
 
 @pytest.mark.parametrize(
