@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ those of the job file; no data is read and no bucket is asked. Needs the compile
 
 EPILOG = """\
 example:
-  python -m gcp preflight gcp/examples/v5e-256.toml --json preflight.json
+  python -m gcp preflight gcp/examples/v5e_256.toml --json preflight.json
 
 exit codes:
   0   compiles and fits
   1   does not fit, or the compiler refuses it: its reason stands in the report; or a defect
   2   an input is wrong; one line says which"""
 
-# What decides how a step is compiled and comes from the environment.
+# What the images of gcp/Dockerfile install, NAME==VERSION a line, and what of it decides how a step is compiled.
+CONSTRAINTS = Path(__file__).with_name("constraints.txt")
+COMPILING = ("jax", "jaxlib", "libtpu", "flax", "optax")
+# What else does, from the environment.
 COMPILER_VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
 
 
@@ -51,14 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  environment  {name}={job.env[name]}")
     print(f"  compiled by  {found.versions}; source {_source(found.conditions['source'])}")
     if arguments.json is not None:
-        command.write_json(arguments.json, found, {"job": {"name": job.name, "fingerprint": job.fingerprint}})
-    print(
-        f"warning: this holds for these versions and this source; what is in the image {job.image} cannot be seen from "
-        "here, and may differ",
-        file=sys.stderr,
-    )
-    if job.program != "train.py":
-        print(f"warning: this is the step of train.py; {job.program} may train otherwise", file=sys.stderr)
+        of_job = {"name": job.name, "fingerprint": job.fingerprint, "tpu": job.tpu}
+        command.write_json(arguments.json, found, {"job": of_job})
+    for warning in _warnings(job, found.conditions["packages"]):
+        print(f"warning: {warning}", file=sys.stderr)
     return found.exit_code
 
 
@@ -77,3 +78,19 @@ def _source(source: dict[str, Any] | None) -> str:
         return "not in a git checkout"
     changed = len(source["changed"])
     return f"{(source['revision'] or 'without a commit')[:12]}, {changed or 'no'} file{'s' * (changed != 1)} changed"
+
+
+def _warnings(job: Job, packages: Mapping[str, str]) -> Iterator[str]:
+    """In what the step on the hosts may be another."""
+    installed = CONSTRAINTS.read_text() if CONSTRAINTS.exists() else ""
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", installed, re.MULTILINE))
+    for name in COMPILING:
+        if name in pinned and pinned[name] != packages.get(name):
+            here = packages.get(name, "none")
+            yield f"{name} is {pinned[name]} in images of gcp/Dockerfile (gcp/{CONSTRAINTS.name}), and {here} here"
+    yield (
+        "this holds for these versions and this source; what is in the image cannot be seen from here, and may "
+        f"differ: {job.image}"
+    )
+    if job.program != "train.py":
+        yield f"this is the step of train.py; {job.program} may train otherwise"

@@ -19,7 +19,7 @@ from seqmodels.data import MQAR, TextData
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.tools.compile_check import __main__ as compile_check
-from seqmodels.tools.compile_check import chips, hlo, schedule
+from seqmodels.tools.compile_check import chips, hlo, schedule, summary
 from seqmodels.training import TrainingJob
 from seqmodels.training.compiler_presets import PRESETS, compiler_options
 from tests.program.programs import REPOSITORY, write_config
@@ -247,6 +247,30 @@ def test_a_job_that_does_not_fit(gin, here):
     ended = here(compile_check.main, "--config", gin, "--topology", "v5e:2x4", *large)
     assert ended.code == EXIT_DEFECT, ended
     assert "DOES NOT COMPILE: RESOURCE_EXHAUSTED" in ended.out and "exceed" in ended.out
+
+
+def test_a_summary_says_what_fits_or_why_not(here, tmp_path):
+    fits = {"target": "v5e:2x4", "fits": True, "memory": {"total": 3 * 2**29}, "capacity": 2**34}
+    fits["compile_seconds"] = 7.4
+    refused = {**fits, "target": "2 x v5e:2x4", "fits": False, "memory": None, "error": "RESOURCE | EXHAUSTED"}
+    conditions = {"time": "2026-01-02T03:04:05", "packages": {"jax": "0.1", "libtpu": "0.2"}}
+    whole = {"environment": conditions, "config": "mine a.b=1", "reports": [fits, refused]}
+    of_config, of_job, document = (tmp_path / name for name in ("config.json", "job.json", "reports.md"))
+    of_config.write_text(json.dumps(whole))
+    of_job.write_text(json.dumps({**whole, "reports": [fits], "job": {"tpu": "v5e-8"}}))
+    for _ in range(2):  # the table is put in the place of the one before
+        ended = here(summary.main, of_config, of_job, "--markdown", document)
+    assert ended.code == EXIT_DONE, ended
+    rows = [line for line in document.read_text().splitlines() if line.startswith("| mine")]
+    assert rows == [
+        "| mine a.b=1 | v5e:2x4 | 1.50 | 16.00 | 7 | 2026-01-02 | 0.1 | 0.2 | fits |",
+        r"| mine a.b=1 | 2 x v5e:2x4 | - | 16.00 | 7 | 2026-01-02 | 0.1 | 0.2 | RESOURCE \| EXHAUSTED |",
+        "| mine a.b=1 | v5e-8, v5e:2x4 | 1.50 | 16.00 | 7 | 2026-01-02 | 0.1 | 0.2 | fits |",
+    ]
+    of_job.write_text("[]")
+    for file, message in ((of_job, "no file of reports"), (tmp_path / "none.json", "No such file")):
+        ended = here(summary.main, file)
+        assert ended.code == EXIT_INPUT and message in ended.err, ended
 
 
 @needs_tpu_compiler
