@@ -221,10 +221,10 @@ run_main(program)
 @needs_tpu_compiler
 def test_the_compilers_variables_are_those_of_the_job(write):
     """A flag of this shell's, which the compiler would refuse, is not heard; nor does jax look for TPUs here."""
-    env = {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=32768"}
-    ended = run_preflight(write(env=env), LIBTPU_INIT_ARGS="--xla_no_such_flag=1")
+    job = write(env={"JAX_DEFAULT_MATMUL_PRECISION": "highest", "OTHER": "1"})
+    ended = run_preflight(job, LIBTPU_INIT_ARGS="--xla_no_such_flag=1")
     assert ended.code == EXIT_DONE and "GiB a device: fits" in ended.out, ended
-    assert "environment  LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=32768" in ended.out
+    assert re.findall("environment +(.*)", ended.out) == ["JAX_DEFAULT_MATMUL_PRECISION=highest"]
     assert all(line.startswith("warning: ") for line in ended.err.splitlines()), ended.err
 
 
