@@ -42,7 +42,9 @@ def write_job(file: Path, job: Job) -> Path:
 class LocalPod:
     """`python -m gcp.local`, running. Does not outlive the context."""
 
-    def __init__(self, job_file: Path, run_dir: Path | str, *arguments: str, env: dict[str, str], processes: int = 2) -> None:
+    def __init__(
+        self, job_file: Path, run_dir: Path | str, *arguments: str, env: dict[str, str], processes: int = 2
+    ) -> None:
         command = [sys.executable, "-m", "gcp.local", str(job_file), "--run_dir", str(run_dir), "--processes"]
         self.process = subprocess.Popen(
             [*command, str(processes), *arguments],

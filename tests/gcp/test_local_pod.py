@@ -40,6 +40,16 @@ def job_file(tmp_path):
     return write
 
 
+def run_alone(folder: Path) -> Path:
+    """The run directory of the same config, in this process and on one device."""
+    run = folder / "alone"
+    try:
+        assert load_train_program()(["--config", str(folder / "tiny.gin"), "--run_dir", str(run)]) == EXIT_DONE
+    finally:
+        config.clear()
+    return run
+
+
 def without_logs(run: Path) -> dict[str, str]:
     return {name: digest for name, digest in contents(run).items() if not name.startswith("logs")}
 
@@ -64,10 +74,7 @@ def test_a_host_is_stopped_then_one_is_killed_and_the_run_is_that_of_one_device(
     assert "finished at step 8, nothing left to do" in pod.text and "restart" not in pod.text
     assert without_logs(run) == before
 
-    arguments = ["--config", str(tmp_path / "tiny.gin"), "--run_dir", str(tmp_path / "alone")]
-    assert load_train_program()(arguments) == EXIT_DONE
-    config.clear()
-    assert_same_losses(run, tmp_path / "alone")
+    assert_same_losses(run, run_alone(tmp_path))
 
 
 @pytest.mark.slow
@@ -97,9 +104,7 @@ def test_a_pod_whose_run_is_in_a_bucket_loses_a_host_and_goes_on(job_file, cache
         assert pod.ended() == EXIT_DONE, pod.text
     assert "restart 1 of 50" in pod.text and "continuing after step" in pod.text
     assert {"DONE", *(f"logs/attempt-{i}/slice-0-host-0.log" for i in range(2))} <= gcs.below("runs/pod").keys()
-    assert load_train_program()(["--config", str(tmp_path / "tiny.gin"), "--run_dir", str(tmp_path / "alone")]) == EXIT_DONE
-    config.clear()
-    assert_same_losses(to_path(run), tmp_path / "alone")
+    assert_same_losses(to_path(run), run_alone(tmp_path))
 
 
 def check_defect(job: Path, run: Path, env: dict[str, str], processes: int, rank: int, step: int) -> None:

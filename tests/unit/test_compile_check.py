@@ -1,6 +1,8 @@
 """What is read off compiled programs: of some whose products, bytes and collectives are known by hand, compiled for TPU
 slices; and the command line on a small job."""
 
+import argparse
+import dataclasses
 import itertools
 import json
 import random
@@ -8,6 +10,7 @@ from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,9 +19,10 @@ from seqmodels.data import MQAR, TextData
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.tools.compile_check import __main__ as compile_check
-from seqmodels.tools.compile_check import chips, hlo, schedule
-from seqmodels.training.compiler_presets import PRESETS
-from tests.program.programs import write_config
+from seqmodels.tools.compile_check import chips, hlo, schedule, summary
+from seqmodels.training import TrainingJob
+from seqmodels.training.compiler_presets import PRESETS, compiler_options
+from tests.program.programs import REPOSITORY, write_config
 from tests.tpu_compiler import needs_tpu_compiler
 
 # Programs for TPUs are kept in the cache of compiled programs, but cannot be read without one.
@@ -178,6 +182,18 @@ def test_an_option_that_the_compiler_does_not_know_is_refused():
         compiled(jnp.sin, ((8,), jnp.float32, P()), options={"xla_tpu_no_such_option": True}, data=-1)
 
 
+def test_no_option_of_the_compiler_unless_a_job_asks_for_a_preset():
+    """No shipped config does."""
+    for chip in chips.CHIPS.values():
+        devices = np.array([argparse.Namespace(device_kind=chip.kind)])
+        assert compiler_options(None, argparse.Namespace(devices=devices)) == {}
+        kinds = [of_kind.get(chip.kind, {}) for of_kind in PRESETS.values()]
+        assert [compiler_options(name, argparse.Namespace(devices=devices)) for name in PRESETS] == kinds
+    preset = next(field for field in dataclasses.fields(TrainingJob) if field.name == "compiler_preset")
+    assert preset.default is None
+    assert not [file for file in (REPOSITORY / "configs").rglob("*.gin") if "compiler_preset" in file.read_text()]
+
+
 def test_presets_are_for_known_devices():
     kinds = {chip.kind for chip in chips.CHIPS.values()}
     assert all(set(of_kind) <= kinds for of_kind in PRESETS.values())
@@ -231,6 +247,43 @@ def test_a_job_that_does_not_fit(gin, here):
     ended = here(compile_check.main, "--config", gin, "--topology", "v5e:2x4", *large)
     assert ended.code == EXIT_DEFECT, ended
     assert "DOES NOT COMPILE: RESOURCE_EXHAUSTED" in ended.out and "exceed" in ended.out
+
+
+def test_a_summary_says_what_fits_or_why_not(here, tmp_path):
+    fits = {"target": "v5e:2x4", "fits": True, "memory": {"total": 3 * 2**29}, "capacity": 2**34}
+    fits["compile_seconds"] = 7.4
+    refused = {**fits, "target": "2 x v5e:2x4", "fits": False, "memory": None, "error": "RESOURCE | EXHAUSTED"}
+    conditions = {"time": "2026-01-02T03:04:05", "packages": {"jax": "0.1", "libtpu": "0.2"}}
+    whole = {"environment": conditions, "config": "mine a.b=1", "reports": [fits, refused]}
+    of_config, of_job, document = (tmp_path / name for name in ("config.json", "job.json", "reports.md"))
+    of_config.write_text(json.dumps(whole))
+    of_job.write_text(json.dumps({**whole, "reports": [fits], "job": {"tpu": "v5e-8"}}))
+    for _ in range(2):  # the table is put in the place of the one before
+        ended = here(summary.main, of_config, of_job, "--markdown", document)
+    assert ended.code == EXIT_DONE, ended
+    rows = [line for line in document.read_text().splitlines() if line.startswith("| mine")]
+    assert rows == [
+        "| mine a.b=1 | v5e:2x4 | 1.50 | 16.00 | 7 | 2026-01-02 | 0.1 | 0.2 | fits |",
+        r"| mine a.b=1 | 2 x v5e:2x4 | - | 16.00 | 7 | 2026-01-02 | 0.1 | 0.2 | RESOURCE \| EXHAUSTED |",
+        "| mine a.b=1 | v5e-8, v5e:2x4 | 1.50 | 16.00 | 7 | 2026-01-02 | 0.1 | 0.2 | fits |",
+    ]
+    of_job.write_text("[]")
+    for file, message in ((of_job, "no file of reports"), (tmp_path / "none.json", "No such file")):
+        ended = here(summary.main, file)
+        assert ended.code == EXIT_INPUT and message in ended.err, ended
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", SLICES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_compiles_a_training_step_on_every_generation(gin, here, tmp_path, preset, generation):
+    report = tmp_path / "report.json"
+    preset_given = f"--gin.train.compiler_preset={preset!r}"
+    ended = here(compile_check.main, "--config", gin, "--topology", SLICES[generation], preset_given, "--json", report)
+    assert ended.code == EXIT_DONE, ended
+    (found,) = json.loads(report.read_text())["reports"]
+    assert found["preset"] == preset and found["options"] == PRESETS[preset].get(chips.CHIPS[generation].kind, {})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from seqmodels.errors import InputError
 from seqmodels.models.accounting import parameter_count
 from seqmodels.notation import MESH_AXES
 from seqmodels.registry import MIXERS
+from seqmodels.tools.compile_check.report import START
 from seqmodels.training import TrainingJob, parameter_shapes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -80,6 +81,7 @@ def test_reports_are_of_the_configs():
     text = (REPOSITORY / "docs" / "compile_reports.md").read_text()
     assert sorted(re.findall(r"^## (\S+)$", text, re.MULTILINE)) == [file.stem for file in PRETRAINING]
     assert "DOES NOT" not in text
+    assert text.startswith(START)
     for file in PRETRAINING:
         slices = re.search(r"^# Compiled +for ([^:]*:\S+(?:, \S+)*): docs", file.read_text(), re.MULTILINE)[1]
         section = text.partition(f"<!-- {file.stem}: begin -->")[2].partition(f"<!-- {file.stem}: end -->")[0]

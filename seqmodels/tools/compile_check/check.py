@@ -43,7 +43,8 @@ class Report:
 
     error: the compiler's reason where it refused the program; what follows from the program is then None.
     model_operations: of matrix products and convolutions in a step as the model asks for them, over all devices; what
-    is computed again in the backward pass is not counted. counts: of one device, see `schedule`.
+    is computed again in the backward pass is not counted. preset: `train.compiler_preset`; options: its options and
+    those that were asked for beside it. counts: of one device, see `schedule`.
     """
 
     target: str
@@ -54,6 +55,7 @@ class Report:
     seq_len: int
     parameters: int
     model_operations: float
+    preset: str | None
     options: dict[str, Any]
     trace_seconds: float
     compile_seconds: float
@@ -109,6 +111,7 @@ def check(
         seq_len=job.seq_len,
         parameters=parameter_count(parameters),
         model_operations=3 * flops_per_token(job.model, job.seq_len) * job.batch_size * job.seq_len,
+        preset=job.compiler_preset,
         options={**job.compiler_options(mesh), **(options or {})},
         trace_seconds=traced - began,
         compile_seconds=seconds,

@@ -16,6 +16,9 @@ on their links as published ("links"); the instructions one after the other, eac
 what overlaps them ("schedule"); and the compiler's estimate of the instructions ("compiler"), which is known to take
 element-wise work for three to four times too slow. None of them is a measurement."""
 
+# What a document of reports begins with.
+START = f"# What the TPU compiler says of the shipped configs\n\n{NOTES}\n"
+
 
 def text(report: Report) -> str:
     """For a person."""
