@@ -36,7 +36,9 @@ PLAIN_FIRST_LAYER_LAWS = PLAIN_LAYER_LAWS | {"forms", "devices"}
 # Laws that take long on these operators and layers. A plain run tries them on what the layers are made of, and the
 # operators on fewer meshes.
 NOT_PLAIN = {
-    "memory_as_context": {"more meshes"},
+    "delta_rule": {"more meshes"},
+    "memory_as_context": {"more meshes", "precision"},
+    "mlstm": {"more meshes"},
     "neural_memory": {"more meshes"},
     "titans_mac": {"devices", "documents"},
     "titans_mag": {"documents"},
