@@ -205,8 +205,9 @@ script, and the commands that `up` runs. Runs no program; the same job file give
         "send the job; a second time changes nothing",
         """\
 Send the job, unless it is there or finished. A job's name is its identity: where another job file has been sent under
-that name, `up` shows what differs and sends nothing. The job's text is recorded in the run directory. Ends with 0 where
-the job is there or finished, 1 where it is there and has failed, 2 where it was refused.""",
+that name, `up` shows what differs and sends nothing. The job's text is recorded in the run directory: where it was sent
+to another place, and is there, nothing is sent. Ends with 0 where the job is there or finished, 1 where it is there and
+has failed, 2 where it was refused.""",
         _up_arguments,
         _up,
     ),
@@ -227,8 +228,9 @@ Print one screen: the job's state and why it is in it, hosts, restarts, the last
     "down": Command(
         "delete the job; the run directory stays",
         """\
-Delete the job, wait until it is gone, and print what may go on costing money. The run directory is not touched, so that
-`up` goes on from the last checkpoint. Where the job is not there, says so and ends with 0.""",
+Delete the job, wait until it is gone, and print what may go on costing money; where the job was sent to another place
+than the job file has now, it is deleted there, too. The run directory is not touched, so that `up` goes on from the
+last checkpoint. Where the job is not there, says so and ends with 0.""",
         _down_arguments,
         _down,
     ),

@@ -67,6 +67,7 @@ class Gke:
     """See `gcp.states.Backend`. shown: print what asks, too."""
 
     programs = ("kubectl", "gcloud", "gke-gcloud-auth-plugin")
+    over = (Phase.FINISHED, Phase.FAILED)
     billed = "the nodes of its node pool, as long as they are there; `down` says how to look"
 
     def __init__(self, job: Job, shown: bool = True):

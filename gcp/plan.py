@@ -1,6 +1,5 @@
 """What would be sent, for a person to read: nothing here runs a program, and the same job gives the same text."""
 
-import difflib
 import textwrap
 from collections.abc import Iterator
 
@@ -19,6 +18,11 @@ _WHERE = {
 
 def backend_of(job: Job, shown: bool = True) -> Backend:
     return BACKENDS[job.backend](job, shown)
+
+
+def place_of(job: Job) -> str:
+    """Where it goes, in words: the same for jobs that meet there by their names."""
+    return f"{_WHERE[job.backend].format_map(vars(job))}, project {job.project}"
 
 
 def plan(job: Job) -> str:
@@ -77,26 +81,3 @@ def _uncounted(job: Job) -> str:
 
 def _dollars(job: Job, hours: float) -> str:
     return f" (${job.chips * hours * job.usd_per_chip_hour:,.2f})" if job.usd_per_chip_hour else ""
-
-
-# Keys that decide what is trained: with another of these it would be another run, and train.py would refuse to go on.
-_TRAINED = {"name", "config", "gin", "program", "slices", "out", "data"}
-# Keys that only this machine reads.
-_REMARKS = {"hours", "usd_per_chip_hour"}
-
-
-def is_same_job(one: str, other: str) -> bool:
-    """Whether two `Job.text` differ in nothing that is sent."""
-    return _changed(one, other) <= _REMARKS
-
-
-def is_same_run(one: str, other: str) -> bool:
-    """Whether two `Job.text` differ in nothing that decides what is trained. The rest may change when a run is resumed:
-    the machines, where they are, the image, the environment."""
-    return not _changed(one, other) & _TRAINED
-
-
-def _changed(one: str, other: str) -> set[str]:
-    """Keys of a job file."""
-    lines = difflib.ndiff(one.splitlines(), other.splitlines())
-    return {line[2:].partition(" = ")[0].partition(".")[0] for line in lines if line[0] in "+-"}

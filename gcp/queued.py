@@ -39,6 +39,7 @@ class Queued:
     """See `gcp.states.Backend`. shown: print what asks, too."""
 
     programs = ("gcloud",)
+    over = ()  # Machines stay, and may boot again.
     billed = "its machines, from when they are there until it is suspended or deleted"
 
     def __init__(self, job: Job, shown: bool = True):

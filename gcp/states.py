@@ -2,7 +2,7 @@
 
 import enum
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -58,6 +58,7 @@ class Backend(Protocol):
 
     programs: Sequence[str]
     billed: str  # what costs money while the job is there
+    over: Collection[Phase]  # those in which a job will never write again, and has nothing that costs money
 
     def observe(self) -> State:
         """Asks; changes nothing."""

@@ -4,7 +4,8 @@ import datetime
 from collections.abc import Iterator
 
 from gcp.job import Job
-from gcp.plan import backend_of, is_same_job
+from gcp.job_text import is_same_job
+from gcp.plan import backend_of
 from gcp.programs import ProgramError, stream
 from gcp.run_folder import RunFolder
 from gcp.states import Phase, State

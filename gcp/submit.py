@@ -4,9 +4,10 @@ import sys
 
 from gcp.invariants import violations
 from gcp.job import Job, difference
+from gcp.job_text import is_same_job, is_same_run, job_of_text
 from gcp.manifest import jobset
-from gcp.plan import backend_of, cost, is_same_job, is_same_run
-from gcp.programs import missing
+from gcp.plan import backend_of, cost, place_of
+from gcp.programs import ProgramError, missing
 from gcp.run_folder import RECORD, RunFolder
 from gcp.states import AlreadyThere, Phase, State
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
@@ -23,6 +24,8 @@ def up(job: Job, *, resume: bool = False, again: bool = False) -> int:
     """
     refuse_impossible(job)
     backend, folder = backend_of(job), RunFolder(job)
+    recorded = folder.read(RECORD)
+    _refuse_a_second(job, recorded)
     state = backend.observe()
     if state.phase is not Phase.ABSENT:
         if not (again and _may_replace(job, state, resume)):
@@ -30,7 +33,6 @@ def up(job: Job, *, resume: bool = False, again: bool = False) -> int:
         print(f"{job.name} is {state}; deleting it to send it again")
         backend.delete()
 
-    recorded = folder.read(RECORD)
     if recorded is not None and not is_same_job(recorded, job.text()):
         code = _other_job(job, recorded, folder, resume)
         if code is not None:
@@ -56,19 +58,33 @@ def up(job: Job, *, resume: bool = False, again: bool = False) -> int:
 
 
 def down(job: Job, *, yes: bool = False) -> int:
-    """Delete the job, wait until it is gone, and say what still costs money. The run directory stays."""
-    backend = backend_of(job)
+    """Delete the job, wait until it is gone, and say what still costs money. The run directory stays.
+
+    Where the job was sent last to another place than the job file has now, it is deleted there, too.
+    """
+    _take_down(job, yes)
+    try:
+        sent = _sent_elsewhere(job, RunFolder(job).read(RECORD))
+    except ProgramError as error:
+        print(f"whether it was sent to another place before is not known: {error}", file=sys.stderr)
+        return EXIT_DONE
+    if sent is not None and _of_this_run(job, backend_of(sent).observe()):
+        _take_down(sent, yes)
+    return EXIT_DONE
+
+
+def _take_down(job: Job, yes: bool) -> None:
+    backend, place = backend_of(job), place_of(job)
     state = backend.observe()
     if state.phase is Phase.ABSENT:
-        print(f"{job.name} is not there; nothing to take down")
+        print(f"{job.name} is not there, in {place}; nothing to take down")
     elif state.text is None:
         raise InputError(f"{job.name} is there, and was not made by `up`: whoever made it may take it down")
     else:
-        _confirm(f"{job.name} is {state}. Take it down? The run directory {job.run_dir} stays.", yes)
+        _confirm(f"{job.name} is {state}, in {place}. Take it down? The run directory {job.run_dir} stays.", yes)
         backend.delete()
         print(f"{job.name} is gone; {job.run_dir} is as it was")
     print("\n".join(backend.still_billed()))
-    return EXIT_DONE
 
 
 def refuse_impossible(job: Job) -> None:
@@ -78,6 +94,43 @@ def refuse_impossible(job: Job) -> None:
         problems += violations(jobset(job))
     if problems:
         raise InputError("; ".join(problems))
+
+
+def _sent_elsewhere(job: Job, recorded: str | None) -> Job | None:
+    """The job as it was sent last, if that was to another place than it would go to now."""
+    if recorded is None:
+        return None
+    try:
+        sent = job_of_text(recorded)
+    except InputError as error:
+        says = f"it says where {job.name} was sent: remove it if that is nowhere"
+        raise InputError(f"{job.run_dir}/{RECORD}: {error}; {says}") from None
+    return None if place_of(sent) == place_of(job) else sent
+
+
+def _of_this_run(job: Job, state: State) -> bool:
+    """Whether what is there, under the job's name, writes the job's run directory."""
+    return state.text is not None and job_of_text(state.text).run_dir == job.run_dir
+
+
+def _refuse_a_second(job: Job, recorded: str | None) -> None:
+    """Raise `InputError` where the job is in another place than the job file has now: two would write one run."""
+    sent = _sent_elsewhere(job, recorded)
+    if sent is None:
+        return
+    backend, place = backend_of(sent), place_of(sent)
+    try:
+        state = backend.observe()
+    except InputError as error:
+        raise InputError(
+            f"{job.name} was last sent to {place}, and whether it is there cannot be seen: {error}; if that place is "
+            f"gone for good, remove {job.run_dir}/{RECORD}; nothing sent"
+        ) from error
+    if state.phase not in (Phase.ABSENT, *backend.over) and _of_this_run(job, state):
+        raise InputError(
+            f"{job.name} is in {place}: {state}; two jobs must not write {job.run_dir}: "
+            "`python -m gcp down JOB.toml`, with this job file, takes it down there; nothing sent"
+        )
 
 
 def _may_replace(job: Job, state: State, resume: bool) -> bool:

@@ -10,7 +10,8 @@ import functools
 import time
 
 from gcp.job import Job
-from gcp.plan import backend_of, is_same_job
+from gcp.job_text import is_same_job
+from gcp.plan import backend_of
 from gcp.programs import ProgramError
 from gcp.queued import Queued, exhausted
 from gcp.run_folder import RunFolder

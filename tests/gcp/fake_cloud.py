@@ -81,7 +81,7 @@ class FakeCloud:
         self.folder = folder
         self.programs = folder / "bin"
         self.programs.mkdir(parents=True)
-        self.jobs: dict[str, dict] = {}
+        self.jobs: dict[tuple[str, str], dict] = {}  # (place, name) -> job
         self.calls: list[str] = []  # everything that was asked for, a command line each
         self.stories = [["running"]]
         self.contexts = ["gke_my-project_us-west4_pods"]
@@ -120,6 +120,15 @@ class FakeCloud:
         """So many calls that begin so end with this error."""
         self.faults += [(call, error)] * times
 
+    def job(self, name: str) -> dict:
+        """The only one of that name."""
+        (found,) = (job for (_, own), job in self.jobs.items() if own == name)
+        return found
+
+    def places(self, name: str) -> list[str]:
+        """Where there is a job of that name."""
+        return sorted(place for place, own in self.jobs if own == name)
+
     def race(self, text: str) -> None:
         """Somebody else makes a job of this text while the next one is being made."""
         self.rival = text
@@ -137,15 +146,10 @@ class FakeCloud:
 
     # For the programs
 
-    def make(self, name: str, **facts) -> None:
+    def make(self, place: str, name: str, **facts) -> None:
         story = self.stories.pop(0) if len(self.stories) > 1 else self.stories[0]
-        self.jobs[name] = {"story": story, "scene": 0, **facts}
-        self._happen(self.jobs[name])
-
-    def scenes(self, name: str) -> list[str]:
-        """Those up to the present one."""
-        job = self.jobs[name]
-        return job["story"][: job["scene"] + 1]
+        self.jobs[place, name] = job = {"name": name, "story": story, "scene": 0, **facts}
+        self._happen(job)
 
     def _serve(self) -> None:
         while request := (self.folder / "request").read_bytes():
@@ -196,6 +200,11 @@ class FakeCloud:
             report.write_text(f"slice 0 host {host} attempt {job['attempt']}: {text}\n")
 
 
+def scenes(job: dict) -> list[str]:
+    """Those up to the present one."""
+    return job["story"][: job["scene"] + 1]
+
+
 # GKE
 
 
@@ -203,27 +212,27 @@ def kubectl(cloud: FakeCloud, words: list[str], text: str) -> str:
     names, flags = _split(words)
     if flags["context"] not in cloud.contexts:
         raise Refused(f'error: context "{flags["context"]}" does not exist')
-    assert flags["namespace"] == "default"
+    place = f"{flags['context']}/{flags['namespace']}"
     verb, *names = names
     if verb == "create":
         assert flags["filename"] == "-"
-        return _create_jobset(cloud, text)
+        return _create_jobset(cloud, place, text)
     if verb == "logs":
         return f"log of {flags['selector']}\n"
     kind, *names = names
     if (verb, kind) == ("get", "pods"):
         name = flags["selector"].removeprefix("jobset.sigs.k8s.io/jobset-name=")
-        return _list(_pods(cloud, name) if name in cloud.jobs else [])
+        return _list(_pods(cloud.jobs[place, name]) if (place, name) in cloud.jobs else [])
     if (verb, kind) == ("get", "events"):
-        return _list([event for name in cloud.jobs for event in _events(cloud, name)])
+        return _list([event for (where, _), job in cloud.jobs.items() if where == place for event in _events(job)])
     (name,) = names
-    if name not in cloud.jobs:
+    if (place, name) not in cloud.jobs:
         raise Refused(f'Error from server (NotFound): jobsets.jobset.x-k8s.io "{name}" not found')
     if verb == "delete":
-        del cloud.jobs[name]
+        del cloud.jobs[place, name]
         return f'jobset.jobset.x-k8s.io "{name}" deleted\n'
     assert (verb, flags["output"]) == ("get", "json")
-    return json.dumps(_jobset(cloud, name))
+    return json.dumps(_jobset(cloud.jobs[place, name]))
 
 
 def _split(words: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -237,30 +246,30 @@ def _list(items: list[dict]) -> str:
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
 
 
-def _create_jobset(cloud: FakeCloud, text: str) -> str:
+def _create_jobset(cloud: FakeCloud, place: str, text: str) -> str:
     manifest = yaml.safe_load(text)
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     name = manifest["metadata"]["name"]
     if cloud.rival is not None:
         other = copy.deepcopy(manifest)
         other["metadata"]["annotations"]["seqmodels/job"] = cloud.rival
-        _make_jobset(cloud, other)
-    if name in cloud.jobs:
+        _make_jobset(cloud, place, other)
+    if (place, name) in cloud.jobs:
         where = f'error when creating "STDIN": jobsets.jobset.x-k8s.io "{name}" already exists'
         raise Refused(f"Error from server (AlreadyExists): {where}")
-    _make_jobset(cloud, manifest)
+    _make_jobset(cloud, place, manifest)
     return f"jobset.jobset.x-k8s.io/{name} created\n"
 
 
-def _make_jobset(cloud: FakeCloud, manifest: dict) -> None:
+def _make_jobset(cloud: FakeCloud, place: str, manifest: dict) -> None:
     text = json.dumps(manifest)
     run = re.search(r'"--run_dir", "(gs://[^"]+)"', text)[1]
-    cloud.make(manifest["metadata"]["name"], manifest=manifest, run=run)
+    cloud.make(place, manifest["metadata"]["name"], manifest=manifest, run=run)
 
 
-def _jobset(cloud: FakeCloud, name: str) -> dict:
-    manifest, scenes = cloud.jobs[name]["manifest"], cloud.scenes(name)
-    restarts = [RESTARTS[x] for x in scenes if x in RESTARTS]
+def _jobset(job: dict) -> dict:
+    manifest, so_far = job["manifest"], scenes(job)
+    restarts = [RESTARTS[x] for x in so_far if x in RESTARTS]
     status = {
         "restarts": len(restarts),
         "restartsCountTowardsMax": sum(counts for _, counts in restarts),
@@ -271,8 +280,8 @@ def _jobset(cloud: FakeCloud, name: str) -> dict:
         facts = {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": START}
         status["conditions"].append(facts)
 
-    first = f"(first failed job: {name}-slice-0)"
-    scene = scenes[-1]
+    first = f"(first failed job: {job['name']}-slice-0)"
+    scene = so_far[-1]
     if scene == "done":
         status["terminalState"] = "Completed"
         condition("Completed", "AllJobsCompleted", "jobset completed successfully")
@@ -289,11 +298,12 @@ def _jobset(cloud: FakeCloud, name: str) -> dict:
     return {**manifest, "metadata": metadata, "status": status}
 
 
-def _pods(cloud: FakeCloud, name: str) -> list[dict]:
-    (replicated,) = cloud.jobs[name]["manifest"]["spec"]["replicatedJobs"]
+def _pods(job: dict) -> list[dict]:
+    name = job["name"]
+    (replicated,) = job["manifest"]["spec"]["replicatedJobs"]
     hosts = replicated["template"]["spec"]["parallelism"]
     places = [(child, host) for child in range(replicated["replicas"]) for host in range(hosts)]
-    scene = cloud.scenes(name)[-1]
+    scene = scenes(job)[-1]
     pods = [_pod(name, *place, "running" if scene == "starting" and place[1] else scene) for place in places]
     if scene not in EVENTS and scene not in RESTARTS:
         return pods
@@ -332,8 +342,8 @@ def _pod(name: str, child: int, host: int, scene: str) -> dict:
     return {"metadata": {"name": f"{job}-{host}-abcde", "labels": labels}, "status": status}
 
 
-def _events(cloud: FakeCloud, name: str) -> list[dict]:
-    scene = cloud.scenes(name)[-1]
+def _events(job: dict) -> list[dict]:
+    scene = scenes(job)[-1]
     scheduling = ("FailedScheduling", "0/7 nodes are available: 7 node(s) didn't match Pod's node affinity/selector.")
     said = [scheduling, EVENTS[scene]] if scene in EVENTS else [scheduling] if scene in RESTARTS else []
     return [
@@ -341,7 +351,7 @@ def _events(cloud: FakeCloud, name: str) -> list[dict]:
             "type": "Warning",
             "reason": reason,
             "message": message,
-            "involvedObject": {"kind": "Pod", "name": f"{name}-slice-0-0-abcde"},
+            "involvedObject": {"kind": "Pod", "name": f"{job['name']}-slice-0-0-abcde"},
             "lastTimestamp": START,
         }
         for reason, message in said
@@ -369,21 +379,23 @@ def gcloud(cloud: FakeCloud, words: list[str], text: str) -> str:
         return ""
     names = names[1:] if names[0] == "alpha" else names
     assert names[:3] == ["compute", "tpus", "queued-resources"], names
-    assert (flags["project"], flags["zone"]) == ("my-project", "us-west4-a")
     verb, name = names[3:5]
-    place = f"projects/my-project/locations/us-west4-a/queuedResources/{name}"
+    place = f"projects/{flags['project']}/locations/{flags['zone']}"
+    resource = f"{place}/queuedResources/{name}"
+    there = (place, name) in cloud.jobs
     if verb == "create":
-        if name in cloud.jobs:
-            raise Refused(f"ERROR: (gcloud.{'.'.join(names[:4])}) ALREADY_EXISTS: Resource '{place}' already exists.")
-        _create_queued(cloud, name, flags)
+        if there:
+            where = f"Resource '{resource}' already exists."
+            raise Refused(f"ERROR: (gcloud.{'.'.join(names[:4])}) ALREADY_EXISTS: {where}")
+        _create_queued(cloud, place, name, flags)
         return ""
-    if name not in cloud.jobs:
-        raise Refused(f"ERROR: (gcloud.{'.'.join(names[:4])}) NOT_FOUND: Resource '{place}' was not found.")
+    if not there:
+        raise Refused(f"ERROR: (gcloud.{'.'.join(names[:4])}) NOT_FOUND: Resource '{resource}' was not found.")
     if verb == "delete":
         assert {"force", "quiet"} <= flags.keys()
-        del cloud.jobs[name]
+        del cloud.jobs[place, name]
         return ""
-    return json.dumps({"name": place, **_describe(cloud, name)})
+    return json.dumps({"name": resource, **_describe(cloud.jobs[place, name])})
 
 
 def _matching(cloud: FakeCloud, url: str) -> list[Path]:
@@ -394,7 +406,7 @@ def _matching(cloud: FakeCloud, url: str) -> list[Path]:
     return sorted(found)
 
 
-def _create_queued(cloud: FakeCloud, name: str, flags: dict[str, str]) -> None:
+def _create_queued(cloud: FakeCloud, place: str, name: str, flags: dict[str, str]) -> None:
     files = dict(pair.split("=") for pair in flags["metadata-from-file"].split(","))
     metadata = {key: Path(file).read_text() for key, file in files.items()}
     metadata |= dict(pair.split("=") for pair in flags["metadata"].split(","))
@@ -406,11 +418,11 @@ def _create_queued(cloud: FakeCloud, name: str, flags: dict[str, str]) -> None:
     }
     # v5litepod-16 has four hosts of four chips.
     hosts = int(flags["accelerator-type"].rpartition("-")[2]) // 4
-    cloud.make(name, node=node, run=run, hosts=hosts, attempt=int(metadata["attempt"]))
+    cloud.make(place, name, node=node, run=run, hosts=hosts, attempt=int(metadata["attempt"]))
 
 
-def _describe(cloud: FakeCloud, name: str) -> dict:
-    scene = cloud.scenes(name)[-1]
+def _describe(job: dict) -> dict:
+    scene = scenes(job)[-1]
     state = {"state": scene}
     if scene in FAILED_REQUESTS:
         error = dict(zip(("code", "message"), FAILED_REQUESTS[scene]))
@@ -420,5 +432,5 @@ def _describe(cloud: FakeCloud, name: str) -> dict:
         state = {"state": "SUSPENDED", "stateInitiator": by, "suspendedData": {}}
     elif scene.islower():
         state = {"state": "ACTIVE", "activeData": {}}
-    node = cloud.jobs[name]["node"]
-    return {"createTime": START, "state": state, "tpu": {"nodeSpec": [{"nodeId": name, "node": node}]}}
+    specification = {"nodeId": job["name"], "node": job["node"]}
+    return {"createTime": START, "state": state, "tpu": {"nodeSpec": [specification]}}

@@ -14,10 +14,11 @@ import pytest
 from gcp.cli import COMMANDS, main
 from gcp.gke import Gke
 from gcp.job import make_job
-from gcp.plan import is_same_job, is_same_run
+from gcp.job_text import is_same_job, is_same_run, job_of_text
 from gcp.programs import Answer
 from gcp.queued import Queued
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
+from tests.gcp.jobs import EVERYTHING, job
 
 JOB = f"""\
 name = "gla"
@@ -192,7 +193,7 @@ def test_other_machines_go_on_with_a_run_only_when_asked_to(backend, cloud, comm
     assert not cloud.jobs
     code, printed = command("up", other, "--resume")
     assert code == EXIT_DONE and '+tpu = "v5e-32"' in printed
-    assert list(cloud.jobs) == ["gla"]
+    assert len(cloud.places("gla")) == 1
 
 
 def test_a_job_that_is_finished_is_not_sent_again(backend, cloud, command):
@@ -265,9 +266,9 @@ def test_what_up_did_not_make_is_left_alone(scene, backend, cloud, command):
     cloud.tell([scene])
     command("up", BACKENDS[backend])
     if backend == "gke":
-        del cloud.jobs["gla"]["manifest"]["metadata"]["annotations"]
+        del cloud.job("gla")["manifest"]["metadata"]["annotations"]
     else:
-        del cloud.jobs["gla"]["node"]["metadata"]
+        del cloud.job("gla")["node"]["metadata"]
     cloud.calls.clear()
     for name, *flags in (["up"], ["up", "--again"], ["down", "--yes"]):
         code, printed = command(name, BACKENDS[backend], *flags)
@@ -310,6 +311,137 @@ def test_what_may_change_when_a_run_goes_on():
     assert {key for key, other in others.items() if is_same_job(text, other)} == {"hours"}
 
 
+# One run, and two places
+
+
+ELSEWHERE = {
+    "gke": GKE.replace("us-west4", "us-east5"),
+    "queued_resources": QUEUED.replace("us-west4-a", "us-east5-a"),
+    "the other backend": GKE,
+}
+BEFORE = {**BACKENDS, "the other backend": QUEUED}
+CONTEXTS = [f"gke_my-project_{location}_pods" for location in ("us-west4", "us-east5")]
+
+
+@pytest.fixture(params=ELSEWHERE)
+def move(request, cloud) -> tuple[str, str]:
+    """A job file, and the same with another place; there is a cluster in both."""
+    cloud.contexts = CONTEXTS
+    return BEFORE[request.param], ELSEWHERE[request.param]
+
+
+@pytest.mark.parametrize("scene", ["waits", "running"])
+@pytest.mark.parametrize("flags", [[], ["--resume", "--again"]])
+def test_a_job_is_not_sent_to_a_second_place(scene, flags, move, cloud, command):
+    before, after = move
+    waits = "WAITING_FOR_RESOURCES" if before == QUEUED else "no capacity"
+    cloud.tell([{"waits": waits}.get(scene, scene)])
+    command("up", before)
+    there = cloud.places("gla")
+    cloud.calls.clear()
+    code, printed = command("up", after, *flags)
+    assert code == EXIT_INPUT and not cloud.sent()
+    where = "a queued resource in us-west4-a" if before == QUEUED else "the cluster pods in us-west4"
+    assert where in printed and {"waits": "waiting"}.get(scene, scene) in printed and "down JOB.toml" in printed
+    assert cloud.places("gla") == there
+
+
+def test_down_takes_a_job_down_where_it_was_sent(move, cloud, command):
+    before, after = move
+    command("up", before)
+    code, printed = command("down", after, "--yes")
+    assert code == EXIT_DONE and "gla is gone" in printed
+    assert not cloud.jobs
+    assert command("up", after)[0] == EXIT_INPUT, "it has trained elsewhere"
+    there = cloud.places("gla")
+    assert command("up", after, "--resume")[0] == EXIT_DONE
+    assert (there, len(cloud.places("gla"))) == ([], 1)
+
+
+def test_down_names_the_place_before_it_takes_a_job_down(cloud, command, monkeypatch):
+    cloud.contexts = CONTEXTS
+    command("up", GKE)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
+    assert command("down", ELSEWHERE["gke"])[0] == EXIT_INPUT
+    assert "the cluster pods in us-west4, namespace default, project my-project" in asked[0] and len(asked) == 1
+    assert len(cloud.places("gla")) == 1
+
+
+def test_namespaces_are_places(cloud, command):
+    command("up", GKE)
+    code, printed = command("up", GKE + 'namespace = "team"\n')
+    assert code == EXIT_INPUT and "namespace default" in printed
+    assert len(cloud.places("gla")) == 1
+
+
+def test_a_job_that_has_ended_in_one_place_goes_on_in_another(cloud, command):
+    cloud.contexts = CONTEXTS
+    cloud.tell(["running", "bug"], ["running"])
+    command("up", GKE)
+    cloud.tick()
+    assert command("up", ELSEWHERE["gke"], "--resume")[0] == EXIT_DONE
+    assert len(cloud.places("gla")) == 2
+    code, printed = command("up", GKE)
+    assert code == EXIT_INPUT and "the cluster pods in us-east5" in printed
+
+
+def test_a_queued_resource_whose_machines_may_be_there_or_made_again_has_not_ended(cloud, command):
+    after = ELSEWHERE["queued_resources"]
+    cloud.tell(["running", "SUSPENDED", "bug"])
+    command("up", QUEUED)
+    for state in ("suspended", "failed"):
+        cloud.tick()
+        code, printed = command("up", after, "--resume")
+        assert code == EXIT_INPUT and state in printed
+    assert len(cloud.places("gla")) == 1
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+def test_another_job_of_that_name_in_the_former_place_is_left_alone(foreign, cloud, command):
+    """One that writes another run, or that `up` did not make."""
+    cloud.contexts = CONTEXTS
+    command("up", GKE)
+    command("down", GKE, "--yes")
+    command("up", GKE.replace("my-bucket", "other-bucket"))
+    if foreign:
+        del cloud.job("gla")["manifest"]["metadata"]["annotations"]
+    assert command("up", ELSEWHERE["gke"], "--resume")[0] == EXIT_DONE
+    command("down", ELSEWHERE["gke"], "--yes")
+    cloud.file(f"{RUN}/logs/job.txt").write_text(text_of(GKE))
+    assert command("down", ELSEWHERE["gke"], "--yes")[0] == EXIT_DONE
+    assert cloud.places("gla") == [f"{CONTEXTS[0]}/default"]
+
+
+def test_a_former_place_that_cannot_be_seen_sends_nothing(cloud, command):
+    command("up", GKE)
+    cloud.contexts = CONTEXTS[1:]
+    cloud.calls.clear()
+    code, printed = command("up", ELSEWHERE["gke"])
+    assert code == EXIT_INPUT and "cannot be seen" in printed and f"remove {RUN}/logs/job.txt" in printed
+    assert not cloud.sent()
+
+
+def test_a_record_that_says_nothing_sends_nothing(cloud, command):
+    cloud.file(f"{RUN}/logs/job.txt").write_text("half a li")
+    code, printed = command("up", GKE)
+    assert code == EXIT_INPUT and f"{RUN}/logs/job.txt" in printed and "remove it" in printed
+    assert not cloud.sent()
+
+
+def test_a_bucket_that_cannot_be_read_does_not_keep_a_job_up(cloud, command):
+    command("up", GKE)
+    cloud.fail("gcloud storage", "ERROR: (gcloud.storage.cat) HTTPError 403: no storage.objects.get access.")
+    code, printed = command("down", GKE, "--yes")
+    assert code == EXIT_DONE and not cloud.jobs
+    assert "another place before is not known" in printed
+
+
+@pytest.mark.parametrize("job", [job(), job(**EVERYTHING)], ids=["the least", "everything"])
+def test_the_text_of_a_job_is_read_back(job):
+    assert job_of_text(job.text()) == job
+
+
 # Taking down
 
 
@@ -318,7 +450,7 @@ def test_down_deletes_the_job_and_leaves_the_run(backend, cloud, command):
     run = {x: x.read_text() for x in cloud.file(f"{RUN}/x").parent.rglob("*") if x.is_file()}
     cloud.calls.clear()
     code, printed = command("down", BACKENDS[backend], "--yes")
-    assert code == EXIT_DONE and not list(cloud.jobs)
+    assert code == EXIT_DONE and not cloud.jobs
     assert cloud.sent() == [DELETE[backend]]
     assert {x: x.read_text() for x in cloud.file(f"{RUN}/x").parent.rglob("*") if x.is_file()} == run
     look = "node-pools list" if backend == "gke" else "queued-resources list"
@@ -403,7 +535,7 @@ def test_status_says_why_a_queued_resource_waits(scene, why, cloud, command):
 def test_a_queue_that_has_not_admitted_a_job_is_named(cloud, command):
     job = GKE + 'queue = "multislice-queue"\n'
     command("up", job)
-    cloud.jobs["gla"]["manifest"]["spec"]["suspend"] = True
+    cloud.job("gla")["manifest"]["spec"]["suspend"] = True
     _, printed = command("status", job)
     assert "the queue multislice-queue has not admitted it" in printed
 
@@ -538,7 +670,7 @@ def test_watching_a_jobset_ends_as_it_does(scene, code, cloud, command):
     cloud.tell(["running", scene])
     command("up", GKE)
     assert command("watch", GKE)[0] == code
-    assert list(cloud.jobs) == ["gla"]
+    assert len(cloud.places("gla")) == 1
 
 
 def test_a_queued_resource_that_is_taken_back_is_made_again(cloud, command):
@@ -604,7 +736,7 @@ def test_the_machines_of_a_failed_job_are_kept_when_asked_for(cloud, command):
     command("up", QUEUED)
     code, printed = command("watch", QUEUED, "--keep")
     assert code == EXIT_DEFECT and "may cost money" in printed
-    assert list(cloud.jobs) == ["gla"]
+    assert len(cloud.places("gla")) == 1
 
 
 @pytest.mark.parametrize("scene", ["quota", "suspended by a user"])
