@@ -113,7 +113,10 @@ def _up_arguments(parser: argparse.ArgumentParser) -> None:
         "trained",
     )
     parser.add_argument(
-        "--again", action="store_true", help="where the job is there and has failed, delete it and send it again"
+        "--again",
+        action="store_true",
+        help="where the job is there and has failed, delete it and send it as the job file has it now, which may have "
+        "changed as for --resume",
     )
 
 

@@ -17,7 +17,10 @@ class Phase(enum.Enum):
 
 
 # What to do about a job that has failed by what its program did.
-MEND = "`logs` shows more; once that is mended, `up --again` goes on from the last checkpoint"
+MEND = (
+    "`logs` shows more; once that is mended, as by another image in the job file, `up --again` goes on from the last "
+    "checkpoint"
+)
 
 
 class State(NamedTuple):

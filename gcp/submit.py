@@ -18,7 +18,8 @@ def up(job: Job, *, resume: bool = False, again: bool = False) -> int:
 
     Args:
         resume: the job file has changed on purpose, in nothing that decides what is trained.
-        again: where the job is there and has ended, delete it and send it again.
+        again: where the job is there and has failed, delete it and send it again; the job file may have changed as for
+            `resume`.
 
     Returns the exit code; raises `InputError` where nothing could be sent.
     """
@@ -28,10 +29,11 @@ def up(job: Job, *, resume: bool = False, again: bool = False) -> int:
     _refuse_a_second(job, recorded)
     state = backend.observe()
     if state.phase is not Phase.ABSENT:
-        if not (again and _may_replace(job, state, resume)):
+        if not (again and _may_replace(job, state)):
             return _there(job, state)
         print(f"{job.name} is {state}; deleting it to send it again")
         backend.delete()
+        resume = True
 
     if recorded is not None and not is_same_job(recorded, job.text()):
         code = _other_job(job, recorded, folder, resume)
@@ -133,10 +135,11 @@ def _refuse_a_second(job: Job, recorded: str | None) -> None:
         )
 
 
-def _may_replace(job: Job, state: State, resume: bool) -> bool:
-    if state.phase not in (Phase.FAILED, Phase.SUSPENDED) or state.text is None:
-        return False
-    return is_same_job(state.text, job.text()) or (resume and is_same_run(state.text, job.text()))
+_REPLACED = (Phase.FAILED, Phase.SUSPENDED)  # by --again
+
+
+def _may_replace(job: Job, state: State) -> bool:
+    return state.phase in _REPLACED and state.text is not None and is_same_run(state.text, job.text())
 
 
 def _there(job: Job, state: State) -> int:
@@ -144,13 +147,15 @@ def _there(job: Job, state: State) -> int:
     if state.text is None:
         raise InputError(f"{job.name} is there, and was not made by `up`: take another name; nothing sent")
     if not is_same_job(state.text, job.text()):
-        if is_same_run(state.text, job.text()):
+        if _may_replace(job, state):
+            way = "`up --again` deletes it, and goes on with the run as the job file has it"
+        elif is_same_run(state.text, job.text()):
             way = "`down` first, then `up --resume` goes on with the run as the job file has it"
         else:
             way = "take another name"
         return _refuse(job, state.text, f"{job.name} is there ({state}) with another job file; {way}")
     print(f"{job.name} is already there: {state}; nothing sent")
-    if state.phase in (Phase.FAILED, Phase.SUSPENDED):
+    if state.phase in _REPLACED:
         print("`up --again` deletes it and sends it again; it goes on from its last checkpoint")
         return EXIT_DEFECT
     return EXIT_DONE

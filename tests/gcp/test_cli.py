@@ -254,11 +254,26 @@ def test_again_leaves_a_failed_job_of_another_file(backend, cloud, command):
     command("up", BACKENDS[backend])
     cloud.tick()
     cloud.calls.clear()
-    for text in (BACKENDS[backend].replace("steps=100", "steps=200"), BACKENDS[backend].replace("v5e-16", "v5e-32")):
-        assert command("up", text, "--again")[0] == EXIT_INPUT
+    for flags in (["--again"], ["--again", "--resume"]):
+        code, printed = command("up", BACKENDS[backend].replace("steps=100", "steps=200"), *flags)
+        assert code == EXIT_INPUT and "another name" in printed
     assert not cloud.sent()
-    other_machines = BACKENDS[backend].replace("v5e-16", "v5e-32")
-    assert command("up", other_machines, "--again", "--resume")[0] == EXIT_DONE
+
+
+@pytest.mark.parametrize("change", [("0" * 64, "1" * 64), ("v5e-16", "v5e-32")], ids=["image", "machines"])
+def test_again_sends_a_failed_job_with_what_mends_it(change, backend, cloud, command):
+    cloud.tell(["running", "bug"], ["running"])
+    command("up", BACKENDS[backend])
+    mended = BACKENDS[backend].replace(*change)
+    code, printed = command("up", mended, "--again")
+    assert code == EXIT_INPUT and "`down` first" in printed, "it runs"
+    cloud.tick()
+    code, printed = command("up", mended)
+    assert code == EXIT_INPUT and "`up --again`" in printed
+    assert command("up", mended, "--again")[0] == EXIT_DONE
+    assert cloud.file(f"{RUN}/logs/job.txt").read_text() == text_of(mended)
+    code, printed = command("status", mended)
+    assert code == EXIT_DONE and "running" in printed and "note" not in printed
 
 
 @pytest.mark.parametrize("scene", ["running", "bug"])
