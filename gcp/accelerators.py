@@ -5,7 +5,7 @@ label with a topology on GKE, `v5e:16x16` for the compiler. The number in a name
 cores, of which a chip has two, for v4, v5p and TPU7x: v5p-128 has 64 chips.
 
 Sources: the accelerator tables of xpk 1.16 and MaxText, Google's pages on GKE node pools and on runtime versions, as of
-2026; memory as the compiler of libtpu 0.0.50 gives it.
+2026; memory as the compiler of libtpu 0.0.42 gives it.
 """
 
 import math

@@ -7,9 +7,11 @@ to DIR/logs/attempt-K/slice-I-host-J.log; SIGTERM and Ctrl-C are passed on to it
 `seqmodels.errors`, which the failure policy of a job maps to what is done next:
 
     0, 1, 2, 42       stay what they are
-    killed, aborted   42: C++ code aborts where another process of the job is gone. Some seconds pass first, so that a
-                      process with a defect, of whose end that may be the consequence, is reported before
+    killed, aborted   42: C++ code aborts where another process of the job is gone
     anything else     1
+
+Unless this host itself is asked to end, some seconds pass before a 42: another host's defect or preemption, of which it
+may be the consequence, is reported first, and decides what becomes of the job.
 
 A job that has finished is started all the same: only the program can tell whether the finished run is the one that is
 asked for, and it ends at once.
@@ -36,7 +38,7 @@ from typing import Any
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, EXIT_RESTART, InputError, run_main
 from seqmodels.files import GrowingFile, in_bucket, to_path
 
-# Until a process that has ended by a signal is reported.
+# Seconds before a 42 that may be the consequence of what happens on another host.
 GRACE = 5.0
 # For the last of the output, which a process that outlives the program can hold back.
 LAST_OUTPUT = 5.0
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
     child = Child([sys.executable, *command], log)
     status = child.wait()
     code, reason = outcome(status, asked=child.asked)
-    if code == EXIT_RESTART and status != EXIT_RESTART:
+    if code == EXIT_RESTART:
         child.wait_until_asked(GRACE)
     if code == EXIT_DONE and (step := finished_step(arguments.run_dir)) is not None:
         reason = f"the run is finished at step {step}"

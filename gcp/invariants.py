@@ -212,6 +212,11 @@ def _matches(rule: Mapping, container: str, code: int) -> bool:
     )
 
 
+def starts_again_when_all_are_gone(manifest: Mapping) -> Iterator[str]:
+    strategy = _at(manifest, "spec", "failurePolicy", "restartStrategy")
+    yield from _equal("restartStrategy", strategy, "BlockingRecreate", ", or old pods may write beside new ones")
+
+
 def names_its_rules(manifest: Mapping) -> Iterator[str]:
     names = [rule.get("name") for rule in _at(manifest, "spec", "failurePolicy", "rules", default=[])]
     for name in sorted({str(name) for name in names if names.count(name) > 1}):
@@ -269,8 +274,8 @@ def shows_no_secret(manifest: Mapping) -> Iterator[str]:
 
 def leaves_the_machines_variables_alone(manifest: Mapping) -> Iterator[str]:
     for name in (str(variable.get("name")) for variable in _variables(manifest)):
-        if name.startswith(MACHINE_VARIABLES):
-            yield f"env {name} is set: expected none of TPU_* and MEGASCALE_*, which GKE sets"
+        if name in MACHINE_VARIABLES:
+            yield f"env {name} is set: expected none of those that GKE sets"
 
 
 def sets_each_variable_once(manifest: Mapping) -> Iterator[str]:
@@ -362,6 +367,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     numbers_its_pods,
     restarts_only_as_a_whole,
     keeps_the_contract_of_exit_codes,
+    starts_again_when_all_are_gone,
     names_its_rules,
     has_names_that_fit,
     says_its_namespace,

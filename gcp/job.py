@@ -49,6 +49,7 @@ class Job:
         out: folder of run directories in a bucket, gs://...
         max_restarts: how often the job starts again by itself; a preemption that GKE announces does not count where its
             pod is seen to fail before the others have left.
+        valid_hours: how long the request for a queued resource waits for machines before it fails.
         hours: how long it is expected to run, for the sum of chip hours; None where nobody knows.
         usd_per_chip_hour: what is paid; None where nobody knows.
         env: environment variables of the program.
@@ -75,6 +76,7 @@ class Job:
     image: str
     out: str
     max_restarts: int = 50
+    valid_hours: float = 24.0
     hours: float | None = None
     usd_per_chip_hour: float | None = None
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -175,7 +177,7 @@ def make_job(values: Mapping[str, Any]) -> Job:
 def _plain(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    return float(value) if float in typing.get_args(hint) else value
+    return float(value) if float in (hint, *typing.get_args(hint)) else value
 
 
 _KINDS = {
@@ -214,8 +216,28 @@ DNS_NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 DIGEST = r"[^\s@]+@sha256:[0-9a-f]{64}"
 # No commas, which separate the options of a mount.
 BUCKET = r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^\s,]*)?"
-# What the machines themselves say of a host's place in the slice.
-MACHINE_VARIABLES = ("TPU_", "MEGASCALE_")
+# What the machines themselves say of a host's place in its slices, to jax and to libtpu.
+MACHINE_VARIABLES = (
+    "CLOUD_TPU_TASK_ID",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "MEGASCALE_NUM_SLICES",
+    "MEGASCALE_PORT",
+    "MEGASCALE_SLICE_ID",
+    "TPU_ACCELERATOR_TYPE",
+    "TPU_CHIPS_PER_HOST_BOUNDS",
+    "TPU_CHIPS_PER_PROCESS_BOUNDS",
+    "TPU_HOST_BOUNDS",
+    "TPU_NAME",
+    "TPU_PROCESS_ADDRESSES",
+    "TPU_PROCESS_BOUNDS",
+    "TPU_PROCESS_PORT",
+    "TPU_SKIP_MDS_QUERY",
+    "TPU_TOPOLOGY",
+    "TPU_VISIBLE_CHIPS",
+    "TPU_VISIBLE_DEVICES",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_WORKER_ID",
+)
 ATTEMPT = "SEQMODELS_ATTEMPT"  # in a pod: how often the job has started again
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 # What keys of the services that people use begin with, and anything long with digits in it and neither a space nor a
@@ -257,7 +279,7 @@ def _check_values(job: Job) -> None:
     for key, least in (("slices", 1), ("max_restarts", 0)):
         if getattr(job, key) < least:
             raise InputError(f"{key} is {getattr(job, key)}: expected at least {least}")
-    for key in ("hours", "usd_per_chip_hour"):
+    for key in ("valid_hours", "hours", "usd_per_chip_hour"):
         value = getattr(job, key)
         if value is not None and not (0 < value < math.inf):
             raise InputError(f"{key} is {value}: expected more than 0")
@@ -304,7 +326,7 @@ def _check_variables(job: Job) -> None:
     for key in (*job.env, *job.secrets):
         if not re.fullmatch(_VARIABLE, key):
             raise InputError(f"{key!r} is no name of an environment variable")
-        if key.startswith((*MACHINE_VARIABLES, ATTEMPT)):
+        if key in (*MACHINE_VARIABLES, ATTEMPT):
             raise InputError(f"{key} stands among the variables: expected none that the machines themselves set")
     for key, value in job.env.items():
         if looks_like_a_secret(key, value):

@@ -65,7 +65,12 @@ def jobset(job: Job) -> dict[str, Any]:
         },
         "spec": {
             "ttlSecondsAfterFinished": A_WEEK,  # until then it can be asked how the job ended
-            "failurePolicy": {"maxRestarts": job.max_restarts, "rules": _rules_of_the_jobset()},
+            "failurePolicy": {
+                "maxRestarts": job.max_restarts,
+                # All pods are gone before any starts again: they share ports of their hosts, and the run directory.
+                "restartStrategy": "BlockingRecreate",
+                "rules": _rules_of_the_jobset(),
+            },
             "replicatedJobs": [{"name": REPLICATED_JOB, "replicas": job.slices, "template": {"spec": _slice(job)}}],
         },
     }

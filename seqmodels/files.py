@@ -231,6 +231,9 @@ def refusal(error: BaseException, path: str | os.PathLike) -> InputError | None:
         return None
     if status == 404:
         return InputError(f"there is no bucket {bucket} (404)")
+    if status == 401 and _is_googles_machine():
+        # It has an account, which its metadata server sometimes does not speak for; gcsfs then goes on as nobody.
+        return UnreachableError(f"{bucket} does not know who this is (401): the machine gave no credentials")
     if status == 401:
         return InputError(
             f"{bucket} does not know who this is (401); expected the machine's service account, or that of "
@@ -281,6 +284,13 @@ def _status(error: BaseException) -> int | None:
     if library in ("aiohttp", "requests", "google") or isinstance(error, ConnectionError | TimeoutError):
         return 0
     return next((_CODES[word] for word in re.findall(r"\b[A-Z_]{7,}\b", text) if word in _CODES), None)
+
+
+def _is_googles_machine() -> bool:
+    try:
+        return Path("/sys/class/dmi/id/product_name").read_text().startswith("Google")
+    except OSError:
+        return False
 
 
 def _bucket(path: str | os.PathLike) -> str:

@@ -16,8 +16,9 @@ import jax
 from seqmodels.errors import EXIT_RESTART, InputError, LostContactError
 from seqmodels.start_up import has_tpu_chips
 
-# Seconds until all processes have come. On a pod, machines load the container's image at different speeds.
-PATIENCE = 900
+# Seconds until all processes have come: those of a pod when there are machines for each of its slices, which can take
+# hours, while the others wait. Who starts them starts all again when one that has come is lost meanwhile.
+PATIENCE, PATIENCE_ON_PODS = 900, 24 * 3600
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def start_processes(arguments: argparse.Namespace) -> None:
     given = [name for name, value in flags.items() if value is not None]
     if not given:
         if _is_one_of_several_hosts():
-            _join()
+            _join(PATIENCE_ON_PODS)
         return
     if len(given) < len(flags):
         missing = ", ".join(f"--{name}" for name in flags if name not in given)
@@ -53,19 +54,20 @@ def start_processes(arguments: argparse.Namespace) -> None:
         raise InputError(f"--coordinator is {flags['coordinator']!r}: expected HOST:PORT")
     if flags["processes"] > 1:
         _join(
+            PATIENCE,
             coordinator_address=flags["coordinator"],
             num_processes=flags["processes"],
             process_id=flags["process"],
         )
 
 
-def _join(**place: Any) -> None:
+def _join(patience: float, **place: Any) -> None:
     """`jax.distributed.initialize`, which aborts once its time is over."""
-    timer = threading.Timer(PATIENCE, _give_up)
+    timer = threading.Timer(patience, _give_up, (patience,))
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(**place, initialization_timeout=PATIENCE + 60)
+        jax.distributed.initialize(**place, initialization_timeout=int(patience) + 60)
     except RuntimeError as error:
         if "distributed.initialize" in str(error):
             raise  # It is called too late, or twice.
@@ -74,8 +76,8 @@ def _join(**place: Any) -> None:
         timer.cancel()
 
 
-def _give_up() -> None:
-    print(f"error: not all processes of the job have come within {PATIENCE} s", file=sys.stderr, flush=True)
+def _give_up(patience: float) -> None:
+    print(f"error: not all processes of the job have come within {patience:g} s", file=sys.stderr, flush=True)
     os._exit(EXIT_RESTART)
 
 

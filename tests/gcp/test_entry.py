@@ -87,7 +87,6 @@ def test_a_second_attempt_of_the_same_number_is_appended(tmp_path):
     [
         ("raise SystemExit(1)", EXIT_DEFECT, "a defect"),
         ("raise SystemExit(2)", EXIT_INPUT, "an input is wrong"),
-        ("raise SystemExit(42)", EXIT_RESTART, "to be started again"),
         ("raise SystemExit(3)", EXIT_DEFECT, "the program ended with 3"),
     ],
 )
@@ -97,8 +96,15 @@ def test_what_the_program_ends_with_is_passed_on_at_once(tmp_path, program, code
     assert last in found[1].splitlines()[-1] and time.monotonic() - before < entry.GRACE
 
 
+def test_a_request_to_start_again_is_reported_late(tmp_path):
+    """So that the host is reported before that is preempted, or has a defect."""
+    before = time.monotonic()
+    code, said = ended(tmp_path, "raise SystemExit(42)")
+    assert code == EXIT_RESTART and time.monotonic() - before > entry.GRACE
+    assert said.endswith("entry: exit code 42, to be started again\n")
+
+
 def test_an_abort_is_reported_late_as_the_loss_of_a_process(tmp_path):
-    """So that the process whose defect it may follow from is reported before."""
     before = time.monotonic()
     code, said = ended(tmp_path, "import os; os.write(2, b'last words'); os.abort()")
     assert code == EXIT_RESTART and time.monotonic() - before > entry.GRACE

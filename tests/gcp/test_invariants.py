@@ -195,6 +195,16 @@ MUTATIONS = [
         drop("spec", "failurePolicy"),
         "exit code 3, 4, 5, 6, ... leads to FailJobSet",
     ),
+    (
+        "starts_again_when_all_are_gone",
+        put("spec", "failurePolicy", "restartStrategy", "Recreate"),
+        "restartStrategy is 'Recreate': expected 'BlockingRecreate'",
+    ),
+    (
+        "starts_again_when_all_are_gone",
+        drop("spec", "failurePolicy", "restartStrategy"),
+        "restartStrategy is None",
+    ),
     ("names_its_rules", put(*RULES, 1, "name", "preempted"), "several rules of the name 'preempted'"),
     ("has_names_that_fit", put("metadata", "name", "GLA_1b"), "metadata.name is 'GLA_1b': expected lower-case"),
     ("has_names_that_fit", put("metadata", "name", "1b"), "metadata.name is '1b'"),

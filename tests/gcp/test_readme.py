@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -53,6 +55,15 @@ def test_the_journey_runs_with_every_example(example, cloud, here, capsys, monke
     assert set(ran) >= {"check", "local", "preflight", "plan", "up", "status", "logs", "down"}
     made = [call for call in cloud.sent() if call == "kubectl create"]
     assert made == ["kubectl create"], "two `up` in the README are one job"
+
+
+@pytest.mark.slow
+def test_the_pod_of_this_machine_runs(tmp_path):
+    (words,) = [words for words in JOURNEY if words[0] == "local"]
+    words[words.index("--run_dir") + 1] = str(tmp_path / "run")
+    done = subprocess.run([sys.executable, "-m", "gcp", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_DONE, done.stdout
+    assert "finished: step 20" in done.stdout and (tmp_path / "run" / "DONE").exists()
 
 
 @requires_gcloud

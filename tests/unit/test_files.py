@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from seqmodels import files
 from seqmodels.errors import EXIT_INPUT, EXIT_RESTART, InputError, UnreachableError, run_main
 from seqmodels.files import (
     GrowingFile,
@@ -163,13 +164,21 @@ def gcsfs_error(code: int) -> Exception:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_a_bucket_refuses_is_told_from_other_errors(gcs, error, kind, said):
+def test_what_a_bucket_refuses_is_told_from_other_errors(gcs, monkeypatch, error, kind, said):
+    monkeypatch.setattr(files, "_is_googles_machine", lambda: False)
     found = refusal(error, f"{FOLDER}/a")
     assert type(found) is (kind or type(None)) and "\n" not in str(found)
     assert found is None or re.search(said, str(found)), found
     if kind is None:
         with pytest.raises(type(error)), told("cannot", f"{FOLDER}/a"):
             raise error
+
+
+def test_a_machine_of_googles_that_is_nobody_for_a_moment_is_started_again(monkeypatch):
+    """Its account comes from a server that sometimes does not answer; a person's has to be given."""
+    monkeypatch.setattr(files, "_is_googles_machine", lambda: True)
+    for error in (gcsfs_error(401), ValueError("UNAUTHENTICATED: no")):
+        assert isinstance(refusal(error, f"{FOLDER}/a"), UnreachableError)
 
 
 def test_a_bucket_that_is_not_there_is_told(gcs):

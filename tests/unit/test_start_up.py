@@ -97,8 +97,7 @@ def test_which_machines_are_one_of_several_hosts(monkeypatch, machine, variables
 def test_a_process_whose_others_never_come_says_so_in_a_line(process):
     program = f"""
 from seqmodels.parallel import start_up
-start_up.PATIENCE = 2
-start_up._join(coordinator_address="localhost:{free_port()}", num_processes=2, process_id={process})
+start_up._join(2, coordinator_address="localhost:{free_port()}", num_processes=2, process_id={process})
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == EXIT_RESTART
