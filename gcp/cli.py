@@ -217,8 +217,9 @@ has failed, 2 where it was refused.""",
     "status": Command(
         "what the job does, and why it waits",
         """\
-Print one screen: the job's state and why it is in it, hosts, restarts, the last step, the newest checkpoint. Ends with
-0, 1 where the job has failed, 2 where it is not there.""",
+Print one screen: the job's state and why it is in it, hosts, restarts, the last step and how long ago it was written,
+which shows a program that hangs, the newest checkpoint. Ends with 0, 1 where the job has failed, 2 where it is not
+there.""",
         _job_file,
         _status,
     ),

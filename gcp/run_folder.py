@@ -8,6 +8,7 @@ from gcp.programs import run
 
 # The job's text, as it was sent. A folder that holds anything but logs is no place for a run to begin in.
 RECORD = "logs/job.txt"
+METRICS = "metrics.jsonl"
 _TAIL = 8192
 
 
@@ -18,9 +19,14 @@ class RunFolder:
         self.path = job.run_dir
         self.shown = shown
 
-    def read(self, name: str) -> str | None:
-        """A file's text; None where there is none."""
-        return self._cat(name)
+    def read(self, name: str, *flags: str) -> str | None:
+        """A file's text; None where there is none. flags: of `gcloud storage cat`."""
+        answer = run(["gcloud", "storage", "cat", f"{self.path}/{name}", *flags], shown=self.shown)
+        if answer.absent:
+            return None
+        if answer.code != 0:
+            raise answer.error()
+        return answer.out
 
     def write(self, name: str, text: str) -> None:
         answer = run(["gcloud", "storage", "cp", "-", f"{self.path}/{name}"], text=text)
@@ -29,7 +35,7 @@ class RunFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """Step and metrics of a run that is done; None for one that is not."""
-        text = self._cat("DONE")
+        text = self.read("DONE")
         if text is None:
             return None
         try:
@@ -39,9 +45,9 @@ class RunFolder:
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The newest row of metrics.jsonl that has a loss; None where there is none yet."""
-        text = self._cat("metrics.jsonl", f"--range=-{_TAIL}")
+        text = self.read(METRICS, f"--range=-{_TAIL}")
         if text == "":  # of files that are shorter than the range
-            text = self._cat("metrics.jsonl")
+            text = self.read(METRICS)
         for line in reversed((text or "").splitlines()):
             try:
                 row = json.loads(line)
@@ -50,6 +56,18 @@ class RunFolder:
             if isinstance(row, dict) and "loss" in row:
                 return row
         return None
+
+    def written(self, name: str) -> str | None:
+        """When a file was written last, as Google writes times; None where there is none."""
+        url = f"{self.path}/{name}"
+        # Objects are made anew whenever they are written.
+        command = ["gcloud", "storage", "objects", "describe", url, "--format=value(creation_time)"]
+        answer = run(command, shown=self.shown)
+        if answer.absent:
+            return None
+        if answer.code != 0:
+            raise answer.error()
+        return answer.out.strip()
 
     def newest_checkpoint(self) -> int | None:
         """Its step. What has no such file is still being written, or never was to the end."""
@@ -60,11 +78,3 @@ class RunFolder:
             raise answer.error()
         names = [line.split("/")[-2] for line in answer.out.split()]
         return max((int(x) for x in names if x.isdecimal()), default=None)
-
-    def _cat(self, name: str, *flags: str) -> str | None:
-        answer = run(["gcloud", "storage", "cat", f"{self.path}/{name}", *flags], shown=self.shown)
-        if answer.absent:
-            return None
-        if answer.code != 0:
-            raise answer.error()
-        return answer.out

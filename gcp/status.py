@@ -7,7 +7,7 @@ from gcp.job import Job
 from gcp.job_text import is_same_job
 from gcp.plan import backend_of
 from gcp.programs import ProgramError, stream
-from gcp.run_folder import RunFolder
+from gcp.run_folder import METRICS, RunFolder
 from gcp.states import Phase, State
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
 
@@ -62,11 +62,12 @@ class _Run:
 
     def __init__(self, job: Job):
         self.path, self.error = job.run_dir, ""
-        self.done = self.row = self.checkpoint = None
+        self.done = self.row = self.written = self.checkpoint = None
         folder = RunFolder(job)
         try:
             self.done = folder.finished()
             self.row, self.checkpoint = folder.last_metrics(), folder.newest_checkpoint()
+            self.written = folder.written(METRICS) if self.row else None
         except ProgramError as error:
             self.error = str(error)
 
@@ -81,8 +82,14 @@ class _Run:
             return
         if self.done is not None:
             yield "done", f"at step {self.done.get('step', 'unknown')}"
-        yield "trained", f"to step {self.row['step']}, loss {self.row['loss']:.4g}" if self.row else "no metrics yet"
+        yield "trained", self._trained()
         yield "checkpoint", f"of step {self.checkpoint}" if self.checkpoint is not None else "none yet"
+
+    def _trained(self) -> str:
+        if self.row is None:
+            return "no metrics yet"
+        written = f", written {_ago(self.written)} ago" if self.written else ""
+        return f"to step {self.row['step']}, loss {self.row['loss']:.4g}{written}"
 
 
 def _ago(time: str) -> str:

@@ -9,6 +9,7 @@ The programs are small shell scripts, which pass on what they are called with to
 """
 
 import copy
+import datetime
 import fnmatch
 import json
 import os
@@ -367,6 +368,12 @@ def gcloud(cloud: FakeCloud, words: list[str], text: str) -> str:
         text = "".join(path.read_text() for path in _matching(cloud, names[2]))
         tail = -int(flags.get("range", "0"))
         return text[-tail:] if tail <= len(text) else ""
+    if names[:3] == ["storage", "objects", "describe"]:
+        assert flags["format"] == "value(creation_time)"
+        file = cloud.file(names[3])
+        if not file.exists():
+            raise Refused(f"ERROR: (gcloud.storage.objects.describe) {names[3]} not found: 404.")
+        return f"{datetime.datetime.fromtimestamp(file.stat().st_mtime, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}\n"
     if names[:2] == ["storage", "ls"]:
         root = cloud.folder / "buckets"
         found = sorted(root.glob(names[2].removeprefix("gs://")))

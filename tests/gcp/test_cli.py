@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ from gcp.job_text import is_same_job, is_same_run, job_of_text
 from gcp.programs import Answer
 from gcp.queued import Queued
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
+from tests.gcp.gcloud import lint, requires_gcloud
 from tests.gcp.jobs import EVERYTHING, job
 
 JOB = f"""\
@@ -33,6 +35,7 @@ max_restarts = 3
 """
 GKE = JOB + 'location = "us-west4"\ncluster = "pods"\n'
 QUEUED = JOB + 'location = "us-west4-a"\nbackend = "queued_resources"\n'
+PATH = os.environ["PATH"]
 RUN = "gs://my-bucket/runs/gla"
 BACKENDS = {"gke": GKE, "queued_resources": QUEUED}
 
@@ -569,6 +572,33 @@ def test_status_shows_hosts_steps_and_checkpoints(backend, cloud, command):
     assert code == EXIT_DONE
     assert "running" in printed and "4 " in printed and "0 of 3 used" in printed
     assert "to step 80, loss 2.2" in printed and "of step 75" in printed
+
+
+@pytest.mark.parametrize("seconds, ago", [(0, "0 min"), (250, "4 min"), (7500, "2 h 5 min")])
+def test_status_shows_how_long_ago_a_step_was_written(seconds, ago, cloud, command):
+    """A program that hangs runs on, and writes no more."""
+    command("up", GKE)
+    metrics = cloud.file(f"{RUN}/metrics.jsonl")
+    metrics.write_text('{"step": 120, "loss": 3.2}\n')
+    os.utime(metrics, (time.time() - seconds,) * 2)
+    _, printed = command("status", GKE)
+    assert f"trained      to step 120, loss 3.2, written {ago} ago\n" in printed
+
+
+@requires_gcloud
+def test_gcloud_has_all_flags_with_which_a_bucket_is_read_and_written(cloud, command):
+    command("up", GKE)
+    cloud.file(f"{RUN}/metrics.jsonl").write_text('{"step": 120, "loss": 3.2}\n')
+    command("status", GKE)
+    command("down", GKE, "--yes")
+    used = [call.split() for call in cloud.calls if call.startswith("gcloud storage")]
+    kinds = {" ".join(words[2:-2] if "objects" in words else words[2:3]) for words in used}
+    assert kinds == {"cat", "cp", "ls", "objects describe"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", PATH)
+        assert lint(used) == {}
+        wrong = [[*words, "--made-up=1"] for words in used]
+        assert len(lint(wrong)) == len({*map(tuple, wrong)})
 
 
 @pytest.mark.parametrize(
