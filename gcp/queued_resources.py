@@ -233,6 +233,7 @@ def create_command(job: Job, startup_file: str, job_file: str, attempt: int = 0)
         f"--runtime-version={job.slice.runtime}",
         *capacity[job.capacity],
         *account,
+        f"--valid-until-duration={max(round(job.valid_hours * 60), 1)}m",
         f"--labels={FINGERPRINT}={job.fingerprint}",
         f"--metadata={ATTEMPT}={attempt}",
         f"--metadata-from-file=startup-script={startup_file},{JOB_TEXT}={job_file}",

@@ -56,6 +56,7 @@ def up(job: Job, *, resume: bool = False, again: bool = False) -> int:
     print(f"{job.name} is sent. `python -m gcp status JOB.toml` says how it is, `down` takes it down")
     if job.backend == "queued_resources":
         print("a preemption ends it, unless `python -m gcp watch JOB.toml` runs somewhere and makes it again")
+        print("when it has ended it goes on costing money, until `down` deletes it, or a `watch` that runs does")
     return EXIT_DONE
 
 

@@ -112,6 +112,11 @@ def test_up_sends_a_job_once(backend, cloud, command):
     assert not cloud.sent()
 
 
+def test_up_tells_what_goes_on_costing_money(cloud, command):
+    _, printed = command("up", QUEUED)
+    assert "goes on costing money, until `down` deletes it, or a `watch`" in printed
+
+
 def test_what_up_runs_is_what_plan_prints(backend, cloud, command):
     _, planned = command("plan", BACKENDS[backend])
     command("up", BACKENDS[backend])

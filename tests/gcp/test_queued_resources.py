@@ -132,6 +132,7 @@ class TestCommands:
             *("--project=a-project", "--zone=us-west4-a", "--node-id=llama-a"),
             *("--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"),
             "--service-account=trainer@a-project.iam.gserviceaccount.com",
+            "--valid-until-duration=1440m",
             f"--labels=seqmodels-fingerprint={job.fingerprint}",
             "--metadata=attempt=3",
             "--metadata-from-file=startup-script=start.sh,seqmodels-job=job.txt",
@@ -147,6 +148,11 @@ class TestCommands:
     def test_logs_come_from_the_node_of_the_slice(self, slices, nodes):
         found = [queued_resources.logs_command(a_job(slices=slices), slice=x)[5] for x in range(slices)]
         assert found == nodes
+
+    @pytest.mark.parametrize("hours, minutes", [(24.0, "1440m"), (0.5, "30m"), (0.001, "1m")])
+    def test_a_request_waits_no_longer_than_it_is_told(self, hours, minutes):
+        create = queued_resources.create_command(a_job(valid_hours=hours), "start.sh", "job.txt")
+        assert [x for x in create if x.startswith("--valid")] == [f"--valid-until-duration={minutes}"]
 
     def test_capacity_is_one_flag_or_none(self):
         flags = {"on-demand": set(), "spot": {"--spot"}, "reserved": {"--reservation=r"}}
