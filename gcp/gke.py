@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gcp.job import Job
-from gcp.manifest import CONTAINER, FINGERPRINT, JOB_TEXT, jobset, to_yaml
+from gcp.manifest import CONTAINER, JOB_TEXT, jobset, to_yaml
 from gcp.programs import Answer, run
 from gcp.states import MEND, AlreadyThere, Phase, State
 
@@ -161,7 +161,6 @@ def _state(found: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], job: Job
         attempt=restarts,
         restarts=status.get("restartsCountTowardsMax", restarts),
         pods=dict(sorted(phases.items())),
-        fingerprint=metadata.get("labels", {}).get(FINGERPRINT),
         text=metadata.get("annotations", {}).get(JOB_TEXT),
     )
     condition = conditions.get(status.get("terminalState"), {})

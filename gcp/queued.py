@@ -58,7 +58,6 @@ class Queued:
             why=api.why(found),
             made=found.get("createTime", ""),
             attempt=api.attempt_of(found),
-            fingerprint=api.fingerprint_of(found),
             text=api.job_text_of(found),
         )
         if word == "ACTIVE":

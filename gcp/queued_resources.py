@@ -339,11 +339,6 @@ def why(description: Mapping[str, Any]) -> str:
     return ": ".join(" ".join(x.split()) for x in (meaning, initiator, error) if x)
 
 
-def fingerprint_of(description: Mapping[str, Any]) -> str | None:
-    """`Job.fingerprint` of the job that was created; None where the queued resource is not ours."""
-    return _node(description).get("labels", {}).get(FINGERPRINT)
-
-
 def job_text_of(description: Mapping[str, Any]) -> str | None:
     """`Job.text` of the job that was created; None where the queued resource is not ours."""
     return _node(description).get("metadata", {}).get(JOB_TEXT)

@@ -32,7 +32,7 @@ class State(NamedTuple):
         made: when the job was made.
         attempt: number of its present start. restarts: how many of them count against `max_restarts`.
         pods: how many hosts there are by what they do.
-        fingerprint, text: of the job that it was made of; None where this package did not make it.
+        text: of the job that it was made of; None where this package did not make it.
         lost: it ended for want of machines, not by what it did; starting it again goes on with it.
     """
 
@@ -44,7 +44,6 @@ class State(NamedTuple):
     attempt: int = 0
     restarts: int = 0
     pods: Mapping[str, int] = types.MappingProxyType({})
-    fingerprint: str | None = None
     text: str | None = None
     lost: bool = False
 

@@ -173,14 +173,12 @@ class TestReading:
 
     def test_a_description_says_which_job_was_created(self, description):
         job = a_job(slices=2, **HARD_JOB)
-        assert queued_resources.fingerprint_of(description) == job.fingerprint
         assert queued_resources.job_text_of(description) == job.text()
         assert queued_resources.attempt_of(description) == 4
         assert queued_resources.state(description) == "ACTIVE"
 
     @pytest.mark.parametrize("description", [{}, {"tpu": {}}, {"tpu": {"nodeSpec": [{"node": {}}]}}])
-    def test_what_somebody_else_made_has_no_fingerprint(self, description):
-        assert queued_resources.fingerprint_of(description) is None
+    def test_what_somebody_else_made_has_no_text(self, description):
         assert queued_resources.job_text_of(description) is None
         assert queued_resources.state(description) == "STATE_UNSPECIFIED"
         assert queued_resources.why(description) == "the API does not say where it stands"
