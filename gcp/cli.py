@@ -30,12 +30,18 @@ exit codes:
 
 
 class Command(NamedTuple):
-    """help: a line in the list of commands. description: on top of the command's own help."""
+    """
+    Args:
+        help: a line in the list of commands. description: on top of the command's own help.
+        overrides: whether those of the config, --gin.NAME.PARAMETER=VALUE, may stand on the command line; `run` finds
+            them as `arguments.overrides`, without their --gin.
+    """
 
     help: str
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    overrides: bool = False
 
 
 def main(argv: list[str]) -> int:
@@ -56,7 +62,12 @@ def main(argv: list[str]) -> int:
         # Two commands need modules that take long to import.
         if argv[:1] == [name]:
             command.add_arguments(own)
-    arguments = parser.parse_args(argv)
+    overrides: list[str] = []
+    if argv and argv[0] in COMMANDS and COMMANDS[argv[0]].overrides:
+        from seqmodels.config import split_overrides
+
+        argv, overrides = split_overrides(argv)
+    arguments = parser.parse_args(argv, argparse.Namespace(overrides=overrides))
     return COMMANDS[arguments.command].run(arguments)
 
 
@@ -64,13 +75,14 @@ def _job_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB.toml", type=Path, help="the job file; gcp/examples has some")
 
 
-def _module(name: str, help: str) -> Command:
+def _module(name: str, help: str, overrides: bool = False) -> Command:
     """A command that is a module of its own."""
     return Command(
         help,
         help,
         lambda parser: importlib.import_module(f"gcp.{name}").add_arguments(parser),
         lambda arguments: importlib.import_module(f"gcp.{name}").run(arguments),
+        overrides,
     )
 
 
@@ -194,7 +206,7 @@ knows is listed, with the command that shows it. Ends with 0, or with 2 where so
         _job_file,
         _check,
     ),
-    "local": _module("local", "the same command, as processes on this machine"),
+    "local": _module("local", "the same command, as processes on this machine", overrides=True),
     "preflight": _module("preflight", "compile the training step for the job's slices, without a TPU"),
     "plan": Command(
         "print all that would be sent; changes nothing",

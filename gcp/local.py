@@ -1,6 +1,6 @@
 """A job's pod played on this machine: the same command, as many processes, with the environment that GKE gives a pod.
 
-    python -m gcp.local JOB.toml --processes 4 --run_dir runs/local --gin.train.steps=40
+    python -m gcp local JOB.toml --processes 4 --run_dir runs/local --gin.train.steps=40
 
 What is real: processes find each other as hosts of a pod do; the entry, its logs and exit codes, checkpoints. What is
 not: chips are devices of the CPU, the network is this machine's, the run directory may be a folder.
@@ -22,11 +22,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gcp.entry import die_with_parent, outcome
 from gcp.job import Job, read_job
-from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, EXIT_RESTART, InputError, run_main
+from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, EXIT_RESTART, InputError
 from seqmodels.files import in_bucket
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -46,6 +46,7 @@ class Host(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
     parser.add_argument("job", metavar="JOB.toml", type=Path, help="the job file; gcp/examples has some")
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="hosts of the pod, in all slices")
     parser.add_argument("--run_dir", required=True, metavar="DIR", help="a folder or a bucket's, in place of the job's")
@@ -53,24 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all_logs", action="store_true", help="show all that every process prints, not the first only"
     )
-    group = parser.add_argument_group("overrides of the config, which beat the job's")
-    group.add_argument("--gin.NAME.PARAMETER", action="append", dest="gin", default=[], metavar="VALUE")
-    parse = parser.parse_known_args
-
-    def parse_with_overrides(argv: Sequence[str], namespace: Any = None) -> tuple[Any, list[str]]:
-        from seqmodels.config import split_overrides
-
-        rest, overrides = split_overrides(argv)
-        namespace, unknown = parse(rest, namespace)
-        namespace.gin = overrides
-        return namespace, unknown
-
-    parser.parse_known_args = parse_with_overrides
+    parser.add_argument_group("overrides of the config, which beat the job's", "--gin.NAME.PARAMETER=VALUE")
 
 
 def run(arguments: argparse.Namespace) -> int:
     job = read_job(arguments.job)
-    job = dataclasses.replace(job, gin=(*job.gin, *arguments.gin))
+    job = dataclasses.replace(job, gin=(*job.gin, *arguments.overrides))
     return run_local(
         job, arguments.processes, arguments.run_dir, devices=arguments.devices, all_logs=arguments.all_logs
     )
@@ -299,15 +288,3 @@ def _signals_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gcp.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    run_main(main)

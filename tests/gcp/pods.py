@@ -40,12 +40,12 @@ def write_job(file: Path, job: Job) -> Path:
 
 
 class LocalPod:
-    """`python -m gcp.local`, running. Does not outlive the context."""
+    """`python -m gcp local`, running. Does not outlive the context."""
 
     def __init__(
         self, job_file: Path, run_dir: Path | str, *arguments: str, env: dict[str, str], processes: int = 2
     ) -> None:
-        command = [sys.executable, "-m", "gcp.local", str(job_file), "--run_dir", str(run_dir), "--processes"]
+        command = [sys.executable, "-m", "gcp", "local", str(job_file), "--run_dir", str(run_dir), "--processes"]
         self.process = subprocess.Popen(
             [*command, str(processes), *arguments],
             cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -1001,6 +1001,25 @@ def test_plan_writes_the_manifest(cloud, command, tmp_path):
     assert command("plan", GKE, "--output", str(tmp_path / "no" / "manifest.yaml"))[0] == EXIT_INPUT
 
 
+def test_overrides_stand_anywhere_on_the_command_line(monkeypatch):
+    given = []
+    monkeypatch.setattr("gcp.local.run", lambda arguments: given.append(arguments) or EXIT_DONE)
+    words = ["local", "--gin.a.b=1", "job.toml", "--processes", "2", "--gin.c=x y", "--run_dir", "run"]
+    assert main(words) == EXIT_DONE
+    (arguments,) = given
+    assert arguments.overrides == ["a.b=1", "c=x y"] and arguments.job == Path("job.toml") and arguments.processes == 2
+    with pytest.raises(InputError, match="is not an override"):
+        main([*words, "--gin.d"])
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"local"}))
+def test_commands_that_take_no_overrides_refuse_them(name, cloud, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(name, GKE, "--gin.a.b=1")
+    assert ended.value.code == EXIT_INPUT and "--gin.a.b=1" in capsys.readouterr().err
+    assert not cloud.calls
+
+
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -1,6 +1,5 @@
 """What `gcp.local` does when a process ends, and what it gives to every process; the program pretends."""
 
-import argparse
 import json
 import os
 import re
@@ -172,16 +171,6 @@ def test_a_request_to_end_ends_all_and_leaves_no_process(tmp_path, number):
     for process in entries:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
-
-
-def test_overrides_stand_anywhere_on_the_command_line_also_of_a_command_with_parts(tmp_path):
-    parser = argparse.ArgumentParser()
-    local.add_arguments(parser.add_subparsers().add_parser("local"))
-    words = ["local", "--gin.a.b=1", "job.toml", "--processes", "2", "--gin.c=x y", "--run_dir", "run"]
-    arguments = parser.parse_args(words)
-    assert arguments.gin == ["a.b=1", "c=x y"] and arguments.job == Path("job.toml") and arguments.processes == 2
-    with pytest.raises(InputError, match="is not an override"):
-        parser.parse_args([*words, "--gin.d"])
 
 
 def test_the_grace_of_the_entry_is_within_that_of_the_pod():
