@@ -5,6 +5,7 @@ resource, which never comes back: `python -m gcp watch` deletes it and creates i
 """
 
 import collections
+import datetime
 import json
 import re
 import shlex
@@ -68,7 +69,7 @@ class Queued:
             by_user = found["state"].get("stateInitiator") == "USER"
             return state._replace(phase=Phase.SUSPENDED, lost=not by_user, remedy="" if by_user else _WATCH)
         if word == "FAILED":
-            lost = no_capacity(state.why)
+            lost = no_capacity(state.why) or (self._was_not_served(found) and not exhausted(state.why))
             remedy = _WATCH if lost else "another request fares no better until that is mended"
             return state._replace(phase=Phase.FAILED, lost=lost, remedy=remedy)
         return state
@@ -125,6 +126,13 @@ class Queued:
                 return
             time.sleep(10)
         raise ProgramError(f"{self.job.name} is still being deleted after ten minutes; the same command waits on")
+
+    def _was_not_served(self, found: dict[str, Any]) -> bool:
+        """Whether a request failed after the time for which it was valid. What the API says of that is not known."""
+        if "createTime" not in found:
+            return False
+        made = datetime.datetime.fromisoformat(found["createTime"])
+        return datetime.datetime.now(datetime.UTC) - made >= datetime.timedelta(hours=self.job.valid_hours)
 
     def _first_attempt(self) -> int:
         """The number of the attempt that `send` made."""

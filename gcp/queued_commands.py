@@ -1,6 +1,6 @@
 """The commands of queued resources, the script that their machines run, and what both print: no program is run here.
 
-The Cloud TPU API has them for v4 to v6e: a job becomes a queued resource, whose virtual machines start it by themselves.
+The Cloud TPU API has them for v4 to v6e. A job becomes one, whose virtual machines start the job by themselves.
 
 How a job lives there:
 

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 from gcp.job import Job
 from gcp.job_text import is_same_job
-from gcp.plan import backend_of
+from gcp.plan import backend_of, place_of
 from gcp.programs import ProgramError, stream
-from gcp.run_folder import METRICS, RunFolder
+from gcp.run_folder import METRICS, RECORD, RunFolder
 from gcp.states import Phase, State
+from gcp.submit import sent_elsewhere
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, InputError
 
 
@@ -17,7 +18,7 @@ def status(job: Job) -> int:
     backend = backend_of(job)
     state = backend.observe()
     run = _Run(job)
-    lines = [*_machine_facts(job, state, backend.billed), *run.facts()]
+    lines = [*_machine_facts(job, state, backend.billed), *_elsewhere(job, state), *run.facts()]
     print("\n".join(f"{name:<13}{text}" for name, text in lines))
     if run.finished:
         return EXIT_DONE
@@ -55,6 +56,17 @@ def _machine_facts(job: Job, state: State, billed: str) -> Iterator[tuple[str, s
         yield "note", "it was not made by `up`"
     elif not is_same_job(state.text, job.text()):
         yield "note", "it was made from another job file than this one: `up` shows what differs, and sends nothing"
+
+
+def _elsewhere(job: Job, state: State) -> Iterator[tuple[str, str]]:
+    if state.phase is not Phase.ABSENT:
+        return
+    try:
+        sent = sent_elsewhere(job, RunFolder(job).read(RECORD))
+    except InputError:
+        return  # A bucket that cannot be read is told of by the facts of the run.
+    if sent is not None:
+        yield "note", f"it was last sent to {place_of(sent)}; `down` takes it down there, too"
 
 
 class _Run:

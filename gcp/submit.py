@@ -67,7 +67,7 @@ def down(job: Job, *, yes: bool = False) -> int:
     """
     _take_down(job, yes)
     try:
-        sent = _sent_elsewhere(job, RunFolder(job).read(RECORD))
+        sent = sent_elsewhere(job, RunFolder(job).read(RECORD))
     except ProgramError as error:
         print(f"whether it was sent to another place before is not known: {error}", file=sys.stderr)
         return EXIT_DONE
@@ -90,16 +90,7 @@ def _take_down(job: Job, yes: bool) -> None:
     print("\n".join(backend.still_billed()))
 
 
-def refuse_impossible(job: Job) -> None:
-    """Raise `InputError` for what can be known offline and at once: programs that are not there, a wrong manifest."""
-    problems = missing(backend_of(job).programs)
-    if job.backend == "gke":
-        problems += violations(jobset(job))
-    if problems:
-        raise InputError("; ".join(problems))
-
-
-def _sent_elsewhere(job: Job, recorded: str | None) -> Job | None:
+def sent_elsewhere(job: Job, recorded: str | None) -> Job | None:
     """The job as it was sent last, if that was to another place than it would go to now."""
     if recorded is None:
         return None
@@ -111,6 +102,15 @@ def _sent_elsewhere(job: Job, recorded: str | None) -> Job | None:
     return None if place_of(sent) == place_of(job) else sent
 
 
+def refuse_impossible(job: Job) -> None:
+    """Raise `InputError` for what can be known offline and at once: programs that are not there, a wrong manifest."""
+    problems = missing(backend_of(job).programs)
+    if job.backend == "gke":
+        problems += violations(jobset(job))
+    if problems:
+        raise InputError("; ".join(problems))
+
+
 def _of_this_run(job: Job, state: State) -> bool:
     """Whether what is there, under the job's name, writes the job's run directory."""
     return state.text is not None and job_of_text(state.text).run_dir == job.run_dir
@@ -118,7 +118,7 @@ def _of_this_run(job: Job, state: State) -> bool:
 
 def _refuse_a_second(job: Job, recorded: str | None) -> None:
     """Raise `InputError` where the job is in another place than the job file has now: two would write one run."""
-    sent = _sent_elsewhere(job, recorded)
+    sent = sent_elsewhere(job, recorded)
     if sent is None:
         return
     backend, place = backend_of(sent), place_of(sent)

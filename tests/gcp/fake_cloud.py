@@ -54,6 +54,7 @@ EXITS = {"bug": 1, "bad input": 2, "used up": 42}
 FAILED_REQUESTS = {
     "no capacity": (8, 'There is no more capacity in the zone "us-west4-a"; you can try in another zone [EID: 0x1]'),
     "quota": (8, "Quota limit 'TPUV5sPreemptibleLitepodPerProjectPerRegionForTPUAPI' has been exceeded. Limit: 0."),
+    "not served": (4, "some words"),
 }
 
 
@@ -440,4 +441,5 @@ def _describe(job: dict) -> dict:
     elif scene.islower():
         state = {"state": "ACTIVE", "activeData": {}}
     specification = {"nodeId": job["name"], "node": job["node"]}
-    return {"createTime": START, "state": state, "tpu": {"nodeSpec": [specification]}}
+    made = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=25 if scene == "not served" else 0)
+    return {"createTime": made.isoformat(), "state": state, "tpu": {"nodeSpec": [specification]}}

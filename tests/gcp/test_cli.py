@@ -369,6 +369,16 @@ def test_a_job_is_not_sent_to_a_second_place(scene, flags, move, cloud, command)
     assert cloud.places("gla") == there
 
 
+def test_status_names_the_place_where_a_job_was_sent(move, cloud, command):
+    before, after = move
+    assert "last sent" not in command("status", after)[1]
+    command("up", before)
+    assert "last sent" not in command("status", before)[1]
+    code, printed = command("status", after)
+    where = "a queued resource in us-west4-a" if before == QUEUED else "the cluster pods in us-west4"
+    assert code == EXIT_INPUT and f"it was last sent to {where}" in printed
+
+
 def test_down_takes_a_job_down_where_it_was_sent(move, cloud, command):
     before, after = move
     command("up", before)
@@ -769,6 +779,15 @@ def test_a_request_that_is_refused_for_want_of_machines_is_made_again(cloud, com
     cloud.fail(CREATE["queued_resources"], refusal, times=3)
     code, printed = command("watch", QUEUED)
     assert code == EXIT_DONE and "RESOURCE_EXHAUSTED" in printed
+
+
+def test_a_request_that_was_not_served_in_time_is_made_again(cloud, command):
+    cloud.tell(["running", "SUSPENDED"], ["WAITING_FOR_RESOURCES", "not served"], ["running", "done"])
+    command("up", QUEUED)
+    assert command("watch", QUEUED)[0] == EXIT_DONE
+    cloud.tell(["not served"])
+    command("up", longer := QUEUED.replace('"gla"', '"gla-b"') + "valid_hours = 48\n")
+    assert command("watch", longer)[0] == EXIT_DEFECT, "it failed before"
 
 
 @pytest.mark.parametrize("scene", ["bug", "bad input"])
