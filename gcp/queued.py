@@ -17,6 +17,7 @@ from typing import Any
 
 from gcp import queued_commands as api
 from gcp.job import Job
+from gcp.job_text import job_of_text
 from gcp.programs import Answer, ProgramError, run
 from gcp.run_folder import RECORD, RunFolder
 from gcp.states import MEND, AlreadyThere, Phase, State
@@ -158,7 +159,13 @@ class Queued:
         if not self._recorded().get("replacing"):
             return State(Phase.ABSENT)
         text = self.folder.read(RECORD)
+        if text is None or not self._meets(job_of_text(text)):
+            return State(Phase.ABSENT)
         return State(Phase.RESTARTING, why="it is deleted, to be made again", remedy=_WATCH, text=text, lost=True)
+
+    def _meets(self, other: Job) -> bool:
+        """Whether a job is to be in this one's place."""
+        return all(getattr(other, key) == getattr(self.job, key) for key in ("backend", "project", "location"))
 
     def _active(self, state: State) -> State:
         """The machines are there; what they do stands in the bucket."""

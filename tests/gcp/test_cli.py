@@ -857,6 +857,28 @@ def test_what_is_taken_down_while_it_is_being_made_again_stays_down(cloud, comma
     assert not cloud.jobs
 
 
+def test_what_is_being_made_again_is_in_its_own_place_alone(cloud, command, monkeypatch):
+    cloud.tell(["running", "SUSPENDED"])
+    command("up", QUEUED)
+    with monkeypatch.context() as patch:
+
+        def killed(self, attempt: int) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Queued, "_create", killed)
+        with pytest.raises(KeyboardInterrupt):
+            command("watch", QUEUED)
+    after = ELSEWHERE["queued_resources"]
+    code, printed = command("up", after, "--resume")
+    assert code == EXIT_INPUT and "us-west4-a" in printed and "restarting" in printed
+    assert not cloud.jobs
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    assert command("down", after)[0] == EXIT_DONE
+    assert len(asked) == 1 and "restarting" in asked[0] and "us-west4-a" in asked[0]
+    assert command("up", after, "--resume")[0] == EXIT_DONE
+
+
 def test_what_is_taken_down_while_a_watch_waits_for_capacity_stays_down(cloud, command, monkeypatch):
     cloud.tell(["running", "SUSPENDED"])
     command("up", QUEUED)
