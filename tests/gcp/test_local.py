@@ -161,7 +161,11 @@ def test_numbers_that_do_not_fit(tmp_path, processes, devices):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_request_to_end_ends_all_and_leaves_no_process(tmp_path, number):
     job = write_job(tmp_path / "job.toml", tiny_job(tmp_path / "tiny.gin", PROGRAM))
-    with LocalPod(job, tmp_path / "run", env=os.environ | {"ENDS": "0.9=0"}) as pod:
+    # Shells start what runs in the background so that it ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pod = LocalPod(job, tmp_path / "run", env=os.environ | {"ENDS": "0.9=0"})
+    signal.signal(signal.SIGINT, before)
+    with pod:
         entries = [pod.entry(f"slice-0-host-{host}", 0) for host in range(2)]
         pod.wait_for_line("a line that is not shown")
         pod.process.send_signal(number)
