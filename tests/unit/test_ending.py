@@ -63,7 +63,7 @@ def program():
     at("end")
     return 0
 
-_join(coordinator_address=address, num_processes=processes, process_id=process)
+_join(60, coordinator_address=address, num_processes=processes, process_id=process)
 print("joined", flush=True)
 ending.BLAME_WITHIN = 2.5
 run_main(lambda argv: ending.run_as_one(program))
