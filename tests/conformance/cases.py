@@ -39,7 +39,7 @@ NOT_PLAIN = {
     "delta_rule": {"more meshes"},
     "memory_as_context": {"more meshes", "precision"},
     "mlstm": {"more meshes"},
-    "neural_memory": {"more meshes"},
+    "neural_memory": {"more meshes", "devices"},  # `titans_memory` is tried on eight devices
     "titans_mac": {"devices", "documents"},
     "titans_mag": {"documents"},
     "titans_mal": {"documents"},

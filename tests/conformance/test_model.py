@@ -50,10 +50,7 @@ def unrolled(variables):
     return {"params": {**variables["params"], "stack": rounds}}
 
 
-@pytest.mark.parametrize(
-    # A Titans memory is a part of `titans_mac`.
-    "mixer", [pytest.param(x, marks=pytest.mark.slow) if x == "titans_memory" else x for x in MIXERS]
-)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_scan_and_recomputation_change_nothing(mixer):
     variables = variables_of(mixer)
     expected = differentiated(make(mixer), variables)
