@@ -124,8 +124,8 @@ class AttentionSink(Metric):
     """How much of their attention the queries of one kind give to the first token.
 
     `sink_mass` is the mean over queries, heads and layers (Guo et al. 2024, arXiv 2410.13835). `sink_rate` is the share
-    of heads whose mean over queries is more than 0.3 (Gu et al. 2024, arXiv 2410.10781; there over all queries). A model
-    without a layer that sows `FIRST_WEIGHT` has neither.
+    of heads whose mean over queries is more than 0.3 (Gu et al. 2024, arXiv 2410.10781; there over all queries). A
+    model without a layer that sows `FIRST_WEIGHT` has neither.
 
     where: batch to bool [B, T], the queries.
     """

@@ -24,8 +24,8 @@ def retrieval_score(
 ) -> float:
     """`string_match_all` of what the model writes, by greedy decoding, after the task's held-out prompts.
 
-    seq_len: of the rows that the prompts are from. examples: how many; None for all. An answer may have twice the tokens
-    of the longest reference.
+    seq_len: of the rows that the prompts are from. examples: how many; None for all. An answer may have twice the
+    tokens of the longest reference.
     """
     prompts = list(islice(task.test_prompts(seq_len), examples))
     tokenizer = task.tokenizer

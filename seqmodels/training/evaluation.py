@@ -27,8 +27,9 @@ def make_evaluator(
     metrics: Sequence[Metric] = (),
 ) -> Callable[[Any], dict[str, float]]:
     """A function from parameters to `loss` (of `loss`, per unit of weight), `accuracy` where that is defined, with
-    `bytes_per_token` `bits_per_byte`, and what the `metrics` say. Every call sees the same batches, the first `max_batches` of what `batches()` yields, and
-    weighs every position by its weight, so that it does not matter how they are cut into batches.
+    `bytes_per_token` `bits_per_byte`, and what the `metrics` say. Every call sees the same batches, the first
+    `max_batches` of what `batches()` yields, and weighs every position by its weight, so that it does not matter how
+    they are cut into batches.
 
     Raises `InputError` when there is nothing to evaluate on.
     """

@@ -129,8 +129,8 @@ class TrainingJob:
         if sizes[0] != sizes[1]:
             model, data = ("ids" if size is None else f"{size} numbers at each position" for size in sizes)
             raise InputError(
-                f"the model {type(self.model).__name__} reads {model}, but the data {type(self.data).__name__} are {data}: "
-                f"expected the same"
+                f"the model {type(self.model).__name__} reads {model}, but the data {type(self.data).__name__} are "
+                f"{data}: expected the same"
             )
         if self.model.vocab_size < self.data.vocab_size:
             raise InputError(

@@ -49,7 +49,9 @@ def test_needles(level):
         text, last = text.rsplit("\n", 1)
         needle = re.search(r"One of the special magic (?:number|uuid)s for ((\w+)-(\w+)) is: (\S+)\.", text)
         kind = "uuid" if level == 3 else "number"
-        assert f"magic {kind} is hidden" in first and last.endswith(f"magic {kind} for {needle[1]} mentioned in the provided text is")
+        assert f"magic {kind} is hidden" in first and last.endswith(
+            f"magic {kind} for {needle[1]} mentioned in the provided text is"
+        )
         assert prompt.reference == needle[4] and prompt.text.count(needle[4]) == 1
         if level == 3:
             assert str(uuid.UUID(needle[4])) == needle[4]

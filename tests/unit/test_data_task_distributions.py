@@ -136,7 +136,10 @@ def test_noise_of_compression_has_no_weight():
 
 @pytest.mark.parametrize(
     ("task", "blank", "ids", "cues"),
-    [(MADSelectiveCopying(num_tokens=8), 14, (0, 14), [15] + [14] * 8), (SelectiveCopying(num_tokens=8), 0, (1, 15), [15] * 8)],
+    [
+        (MADSelectiveCopying(num_tokens=8), 14, (0, 14), [15] + [14] * 8),
+        (SelectiveCopying(num_tokens=8), 0, (1, 15), [15] * 8),
+    ],
     ids=["mad", "mamba"],
 )
 def test_selective_copying(task, blank, ids, cues):
@@ -331,7 +334,10 @@ def test_gradient_step_has_the_risk_of_theory():
         (lambda: SelectiveCopying(num_tokens=0), "num_tokens is 0; expected 1 or more"),
         (lambda: SelectiveCopying(vocab_size=2), "vocab_size is 2; expected 3 or more"),
         (lambda: InductionHeads(vocab_size=1), "vocab_size is 1; expected 2 or more"),
-        (lambda: BigramBackcopy(num_triggers=0), "num_triggers is 0 and num_characters 64; expected at least one trigger"),
+        (
+            lambda: BigramBackcopy(num_triggers=0),
+            "num_triggers is 0 and num_characters 64; expected at least one trigger",
+        ),
         (lambda: BigramBackcopy(num_characters=3), "num_triggers is 3 and num_characters 3"),
         (lambda: BigramBackcopy(num_characters=257), "and no more than 256"),
         (lambda: BigramBackcopy("/nowhere").probabilities, "no such file or folder: /nowhere"),

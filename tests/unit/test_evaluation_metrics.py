@@ -87,7 +87,9 @@ def test_loss_where(model, rows):
     loss = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     kind = counted & (rows["tokens"] > 1)
     metric = LossWhere("some_loss", lambda batch: batch["tokens"] > 1)
-    less = LossWhere("less", lambda batch: batch["tokens"] > 1, lambda batch: jnp.where(batch["weights"] > 0, 0.5, jnp.inf))
+    less = LossWhere(
+        "less", lambda batch: batch["tokens"] > 1, lambda batch: jnp.where(batch["weights"] > 0, 0.5, jnp.inf)
+    )
     found = evaluate(model, rows, metric, less)
     assert abs(found["some_loss"] - loss[kind].mean()) < 100 * EPSILON * loss[kind].mean()
     assert abs(found["less"] - (loss[kind].mean() - 0.5)) < 100 * EPSILON * loss[kind].mean()

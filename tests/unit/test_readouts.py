@@ -96,7 +96,9 @@ def test_a_regressor_reads_numbers():
     changed, _ = model.apply({"params": params}, x.at[:, 5].add(1.0))
     assert (changed[:, :5] == y[:, :5]).all() and np.abs(changed - y)[:, 5:].min(axis=0).max() > 0
     assert flops_per_token(model, 8) > 0
-    with pytest.raises(InputError, match=r"Regressor: tokens has shape \(2, 8\); expected \[batch, time, input_size = 3\]"):
+    with pytest.raises(
+        InputError, match=r"Regressor: tokens has shape \(2, 8\); expected \[batch, time, input_size = 3\]"
+    ):
         model.apply({"params": params}, jnp.zeros((2, 8), jnp.int32))
 
 
@@ -150,7 +152,12 @@ def test_parts_of_a_batch_and_devices_add_up(name):
             step = this.train_step(optimizer, mesh, state)
             state, result = step(state, place_batch(batch, mesh))
             evaluate = make_evaluator(
-                model, lambda: data.evaluation_batches(8, 16), mesh=mesh, max_batches=2, loss=this.loss, metrics=data.metrics
+                model,
+                lambda: data.evaluation_batches(8, 16),
+                mesh=mesh,
+                max_batches=2,
+                loss=this.loss,
+                metrics=data.metrics,
             )
             return {key: float(x) for key, x in result.metrics.items()} | evaluate(state.params)
 

@@ -64,9 +64,7 @@ class SyntheticTask(Dataset):
         """Raise `InputError` for a field below its least value."""
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                raise InputError(
-                    f"{type(self).__name__}: {name} is {getattr(self, name)}; expected {bound} or more"
-                )
+                raise InputError(f"{type(self).__name__}: {name} is {getattr(self, name)}; expected {bound} or more")
 
     def require_length(self, seq_len: int, least: int, reason: str) -> None:
         """Raise `InputError` for a length below the least that has room for an example."""

@@ -29,12 +29,12 @@ class BigramBackcopy(SyntheticTask):
     `num_triggers`. P is counted in the text, within its documents, of which rarer bytes are left out. No two triggers
     follow each other. Every next token counts.
 
-    Evaluation reports the loss at triggers, `trigger_loss`, of which the best is 0; at all others, `bigram_loss`, and what
-    of it is more than P's own, `bigram_excess`; and the attention that queries other than triggers give to the start token,
-    see `AttentionSink`.
+    Evaluation reports the loss at triggers, `trigger_loss`, of which the best is 0; at all others, `bigram_loss`, and
+    what of it is more than P's own, `bigram_excess`; and the attention that queries other than triggers give to the
+    start token, see `AttentionSink`.
 
-    paths: the text, see `seqmodels.data.sources.find_files`; the paper has Tiny Shakespeare. None: the sources of Python's
-        standard library.
+    paths: the text, see `seqmodels.data.sources.find_files`; the paper has Tiny Shakespeare. None: the sources of
+        Python's standard library.
     """
 
     paths: str | Sequence[str] | None = None
@@ -44,8 +44,8 @@ class BigramBackcopy(SyntheticTask):
     def __post_init__(self):
         if not 1 <= self.num_triggers < self.num_characters <= BYTES:
             raise InputError(
-                f"BigramBackcopy: num_triggers is {self.num_triggers} and num_characters {self.num_characters}; expected"
-                f" at least one trigger, more characters than triggers, and no more than {BYTES}"
+                f"BigramBackcopy: num_triggers is {self.num_triggers} and num_characters {self.num_characters};"
+                f" expected at least one trigger, more characters than triggers, and no more than {BYTES}"
             )
         super().__post_init__()
 
@@ -80,7 +80,7 @@ class BigramBackcopy(SyntheticTask):
 
     @functools.cached_property
     def probabilities(self) -> np.ndarray:
-        """What follows each id that is no trigger, float64 [vocab_size, vocab_size]; the start token's is the last row."""
+        """What follows each id that is no trigger, float64 [vocab_size, vocab_size]; the start token is last."""
         size = self.num_characters
         counts, pairs = np.zeros(BYTES, np.int64), np.zeros((BYTES, BYTES), np.int64)
         texts = [np.frombuffer(document.text, np.uint8) for document in read_documents(find_files(self.paths))]

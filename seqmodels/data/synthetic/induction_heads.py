@@ -12,9 +12,9 @@ from seqmodels.errors import InputError
 class InductionHeads(SyntheticTask):
     """Induction heads, Dao et al. 2022 (H3), arXiv 2212.14052: what came after the prefix when it came before?
 
-    Tokens are uniform over 0 .. V - 2. The prefix, id V - 1, stands at one uniform place before the last two, and at the
-    last place, where the target is the token that followed it. H3 has V = 20 and 30 tokens; Mamba (Gu and Dao 2023, arXiv
-    2312.00752) trains V = 16 on 256 tokens and tests on 64 to 1,048,576.
+    Tokens are uniform over 0 .. V - 2. The prefix, id V - 1, stands at one uniform place before the last two, and at
+    the last place, where the target is the token that followed it. H3 has V = 20 and 30 tokens; Mamba (Gu and Dao 2023,
+    arXiv 2312.00752) trains V = 16 on 256 tokens and tests on 64 to 1,048,576.
 
     vocab_size: V.
     """

@@ -10,16 +10,17 @@ from seqmodels.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class LinearRegression(SyntheticTask):
-    """Linear regression in context, Garg et al. 2022, arXiv 2208.01066: x_1 y_1 x_2 y_2 ..., every y to be said after its x.
+    """Linear regression in context, Garg et al. 2022, arXiv 2208.01066: x_1 y_1 x_2 y_2 ..., where y is asked for.
 
         w     normal, [dim], of variance 1 / dim in each direction, drawn anew for each sequence
         x_i   normal, [dim]                           y_i = w . x_i + noise e_i,    e_i normal
 
-    An input is dim + 1 numbers: (x, 0) at even positions, whose target is y, and (0, y) at odd ones, which have no weight.
-    The loss is the squared error. For `seqmodels.models.Regressor`. Always saying 0 has the loss 1 + noise ** 2.
+    For `seqmodels.models.Regressor`. An input is dim + 1 numbers: (x, 0) at even positions, whose target is y, and
+    (0, y) at odd ones, which have no weight. The loss is the squared error; that of always saying 0 is 1 + noise^2.
 
     `ridge_predictions` is the best that any model can do; `gradient_step_predictions` is what one layer of softmax
-    attention with several heads learns (He et al. 2025, arXiv 2503.12734). Garg et al. have w of variance 1 and no noise.
+    attention with several heads learns (He et al. 2025, arXiv 2503.12734). Garg et al. have w of variance 1 and no
+    noise.
 
     dim: of x.
     noise: standard deviation of what is added to y.

@@ -21,16 +21,17 @@ class ListOps(SyntheticTask):
     """ListOps, Nangia and Bowman 2018, arXiv 1804.06028, with the generator of Long Range Arena (Tay et al. 2020, arXiv
     2011.04006): the value, a digit, of an expression such as [MAX 2 9 [MIN 4 7 ] 0 ].
 
-    A node is a digit with probability 3/4, and at depth `max_depth` certainly; else an operator, uniform of four, with a
-    uniform number of arguments from 2 to `max_args`, which are nodes one deeper. The root has depth 1.
+    A node is a digit with probability 3/4, and at depth `max_depth` certainly; else an operator, uniform of four, with
+    a uniform number of arguments from 2 to `max_args`, which are nodes one deeper. The root has depth 1.
 
         MIN, MAX    the least, the greatest argument
         MED         the median, rounded down
         SM          the sum modulo 10
 
-    An operator and its bracket are two tokens, as Long Range Arena counts lengths; the parentheses of its files, which its
-    tokeniser removes, are left out. Expressions are drawn until one has `min_length` to seq_len tokens. It stands at the
-    right, after padding, and its value is the target at the last position. `SYMBOLS` says what the ids stand for.
+    An operator and its bracket are two tokens, as Long Range Arena counts lengths; the parentheses of its files, which
+    its tokeniser removes, are left out. Expressions are drawn until one has `min_length` to seq_len tokens. It stands
+    at the right, after padding, and its value is the target at the last position. `SYMBOLS` says what the ids stand
+    for.
 
     max_depth: 10 in Long Range Arena.
     max_args: 10 in Long Range Arena.

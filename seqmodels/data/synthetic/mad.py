@@ -1,9 +1,9 @@
 """The six tasks of mechanistic architecture design (MAD), Poli et al. 2024, arXiv 2403.17844.
 
 Ids of data come first, then those of noise, then the special ones. Length, vocabulary and number of training examples
-are the knobs by which the paper makes them harder. The paper's score of a task is macro accuracy, `macro_accuracy` in an
-evaluation; `accuracy` is the share of positions. Where the authors' generators (athms/mad-lab) have defects, these differ,
-and the class says so.
+are the knobs by which the paper makes them harder. The paper's score of a task is macro accuracy, `macro_accuracy` in
+an evaluation; `accuracy` is the share of positions. Where the authors' generators (athms/mad-lab) have defects, these
+differ, and the class says so.
 """
 
 import abc
@@ -43,9 +43,7 @@ class MADTask(SyntheticTask):
 def require_noise(task: MADTask) -> None:
     """Raise `InputError` where `noise` is no share of positions, or there are no ids to make it of."""
     if not 0.0 <= task.noise < 1.0:
-        raise InputError(
-            f"{type(task).__name__}: noise is {task.noise}; expected at least 0 and less than 1"
-        )
+        raise InputError(f"{type(task).__name__}: noise is {task.noise}; expected at least 0 and less than 1")
     task.require(noise_vocab_size=1 if task.noise else 0)
 
 
@@ -235,8 +233,8 @@ class MADCompression(MADTask):
     """Compression: random tokens, then the compression token, where the model must know all of them.
 
     For `seqmodels.models.Autoencoder`, which says every token from what it knows at the last position: the target at a
-    position is the token there. Data are uniform; with probability `noise` a position has a uniform id of noise instead.
-    Noise and the compression token, the last id, have no weight; in the authors' generator they count.
+    position is the token there. Data are uniform; with probability `noise` a position has a uniform id of noise
+    instead. Noise and the compression token, the last id, have no weight; in the authors' generator they count.
 
     vocab_size: ids of data and of noise, and one for the compression token.
     noise_vocab_size: ids of noise, after those of data.
@@ -277,8 +275,8 @@ class MADSelectiveCopying(MADTask):
         blanks   id V - 2, everywhere else; the last `num_tokens` positions have the data as targets
         copy     id V - 1
 
-    The authors' generator draws from NumPy's global generator, and so that data right before the copy token are certain;
-    here every choice of places is equally likely.
+    The authors' generator draws from NumPy's global generator, and so that data right before the copy token are
+    certain; here every choice of places is equally likely.
 
     vocab_size: V: ids of data and two special ones.
     """

@@ -1,14 +1,13 @@
 """Something to remember in a long text: a pass key, or a needle in a haystack.
 
 The text is made as long as fits the sequence, with the tokeniser at hand. An evaluation reports `example_accuracy`, the
-share of answers that greedy decoding gives exactly; `seqmodels.evaluation.retrieval` lets a model write and scores what it
-writes as RULER does.
+share of answers that greedy decoding gives exactly; `seqmodels.evaluation.retrieval` lets a model write and scores what
+it writes as RULER does.
 """
 
 import abc
 import dataclasses
 import functools
-import pydoc_data.topics
 import re
 import uuid
 import zlib
@@ -20,7 +19,7 @@ import numpy as np
 from seqmodels.data.metrics import ExampleAccuracy
 from seqmodels.data.sources import find_files, read_documents
 from seqmodels.data.synthetic._task import TEST_STREAM, Row, SyntheticTask, next_token_row, random_of
-from seqmodels.data.tokenizers import load_tokenizer
+from seqmodels.data.tokenizers import Tokenizer, load_tokenizer
 from seqmodels.errors import InputError
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -29,14 +28,14 @@ DEPTHS = 40
 
 # fmt: off
 ADJECTIVES = (
-    "amber", "brave", "brisk", "calm", "clever", "crisp", "curious", "eager", "early", "faint", "fancy", "gentle", "giant",
-    "grand", "happy", "hidden", "humble", "icy", "jolly", "keen", "lively", "lucky", "mellow", "modest", "noble", "plain",
-    "proud", "quiet", "rapid", "silent", "steady", "young",
+    "amber", "brave", "brisk", "calm", "clever", "crisp", "curious", "eager", "early", "faint", "fancy", "gentle",
+    "giant", "grand", "happy", "hidden", "humble", "icy", "jolly", "keen", "lively", "lucky", "mellow", "modest",
+    "noble", "plain", "proud", "quiet", "rapid", "silent", "steady", "young",
 )
 NOUNS = (
-    "anchor", "arrow", "basket", "beacon", "bridge", "candle", "canyon", "castle", "cloud", "copper", "falcon", "forest",
-    "garden", "harbor", "island", "jacket", "kettle", "lantern", "meadow", "mirror", "needle", "ocean", "orchard", "pepper",
-    "pillow", "river", "saddle", "shadow", "sparrow", "thunder", "valley", "window",
+    "anchor", "arrow", "basket", "beacon", "bridge", "candle", "canyon", "castle", "cloud", "copper", "falcon",
+    "forest", "garden", "harbor", "island", "jacket", "kettle", "lantern", "meadow", "mirror", "needle", "ocean",
+    "orchard", "pepper", "pillow", "river", "saddle", "shadow", "sparrow", "thunder", "valley", "window",
 )
 # fmt: on
 
@@ -62,7 +61,7 @@ class RetrievalTask(SyntheticTask):
     tokenizer: "bytes", or the path of a Hugging Face tokenizer.json.
     """
 
-    tokenizer: str = "bytes"
+    tokenizer: str | Tokenizer = "bytes"
     num_test_examples: int = 500
 
     metrics = (ExampleAccuracy(),)
@@ -131,8 +130,8 @@ class Passkey(RetrievalTask):
             before = int(place * (characters + 1))
             filler = (FILLER + " ") * (characters // len(FILLER) + 1)
             lines = (
-                "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz "
-                "you about the important information there.",
+                "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will "
+                "quiz you about the important information there.",
                 filler[:before],
                 f"The pass key is {key}. Remember it. {key} is the pass key.",
                 filler[: characters - before],
@@ -152,10 +151,10 @@ class NeedleInAHaystack(RetrievalTask):
         2       sentences of an essay                a number of seven digits
         3       sentences of an essay                a UUID
 
-    The needle, "One of the special magic numbers for KEY is: VALUE.", stands between two lines or sentences, at one of 40
-    depths evenly spaced from the beginning to the end. KEY is an adjective and a noun. An essay's sentences are those from
-    a uniform one on, the first following the last; training and evaluation have the same. A value that the essay has is
-    drawn anew.
+    The needle, "One of the special magic numbers for KEY is: VALUE.", is between two lines or sentences, at one of 40
+    depths evenly spaced from the beginning to the end. KEY is an adjective and a noun. An essay's sentences are those
+    from a uniform one on, the first following the last; training and evaluation have the same. A value that the essay
+    has is drawn anew.
 
     level: 1, 2 or 3.
     paths: the essays, see `seqmodels.data.sources.find_files`. None: the documentation of Python that `help()` shows.
@@ -182,7 +181,7 @@ class NeedleInAHaystack(RetrievalTask):
         if self.level == 1:
             return [FILLER]
         if self.paths is None:
-            texts = list(pydoc_data.topics.topics.values())
+            texts = list(_documentation().values())
         else:
             documents = read_documents(find_files(self.paths))
             texts = [document.text.decode(errors="replace") for document in documents]
@@ -207,9 +206,9 @@ class NeedleInAHaystack(RetrievalTask):
             lines = [self.sentences[(first + i) % len(self.sentences)] for i in range(units)]
             lines.insert(round(depth * units), f"One of the special magic {kind}s for {key} is: {value}.")
             text = (
-                f"A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you "
-                f"about the {kind} afterwards.\n{between.join(lines)}\nWhat is the special magic {kind} for {key} mentioned "
-                f"in the provided text? The special magic {kind} for {key} mentioned in the provided text is"
+                f"A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz "
+                f"you about the {kind} afterwards.\n{between.join(lines)}\nWhat is the special magic {kind} for {key} "
+                f"mentioned in the provided text? The special magic {kind} for {key} mentioned in the provided text is"
             )
             return Prompt(text, f" {value}")
 
@@ -219,6 +218,15 @@ class NeedleInAHaystack(RetrievalTask):
         if self.level < 3:
             return str(random.integers(10**6, 10**7))
         return str(uuid.UUID(bytes=random.bytes(16), version=4))
+
+
+def _documentation() -> dict[str, str]:
+    """What `help()` says of each topic of the language."""
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        raise InputError("NeedleInAHaystack: this Python has no documentation; name essays with `paths`") from error
+    return topics
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
