@@ -108,11 +108,11 @@ class SoftmaxAttention(QKVMixer):
 
     def operate(self, stream: Stream, **arguments: Any) -> Array:
         if self.is_mutable_collection(SOWN):
-            self.sow(SOWN, FIRST_WEIGHT, self.first_weight(**arguments))
+            self.sow(SOWN, FIRST_WEIGHT, self.first_weight(**arguments, segment_ids=stream.documents))
         return super().operate(stream, **arguments)
 
     def first_weight(self, q: Queries, k: Keys, v: Values, **options: Any) -> Float[Array, "b t h"]:
-        """How much each query weighs the first token of the span: attention is linear in the values."""
+        """How much each query of a span without a past weighs its first token: attention is linear in the values."""
         is_first = jnp.zeros((*k.shape[:3], 1), k.dtype).at[:, 0].set(1)
         weight, _ = softmax_attention(q, k, is_first, causal=self.causal, **options)
         return weight[..., 0].astype(jnp.float32)

@@ -132,6 +132,8 @@ class TrainingJob:
                 f"the model {type(self.model).__name__} reads {model}, but the data {type(self.data).__name__} are "
                 f"{data}: expected the same"
             )
+        if self.z_loss and self.data.input_size is not None:
+            raise InputError(f"train.z_loss is {self.z_loss} with data of numbers: expected 0, they have no logits")
         if self.model.vocab_size < self.data.vocab_size:
             raise InputError(
                 f"the model's vocab_size is {self.model.vocab_size}, but the data has tokens up to "

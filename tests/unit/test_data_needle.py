@@ -43,7 +43,7 @@ def test_pass_keys():
 @pytest.mark.parametrize("level", LEVELS)
 def test_needles(level):
     task = NeedleInAHaystack(level=level, num_test_examples=EXAMPLES)
-    adjectives, nouns, depths = [], [], []
+    adjectives, nouns = [], []
     for prompt in prompts(task, 900):
         first, text = prompt.text.split("\n", 1)
         text, last = text.rsplit("\n", 1)
@@ -58,9 +58,7 @@ def test_needles(level):
         else:
             assert 10**6 <= int(needle[4]) < 10**7
         if level == 1:
-            lines = text.split("\n")
-            depths.append(lines.index(needle[0]) / (len(lines) - 1))
-            assert set(lines) == {FILLER, needle[0]}
+            assert set(text.split("\n")) == {FILLER, needle[0]}
         else:
             haystack = (text[: needle.start()] + text[needle.end() + 1 :]).strip()
             assert haystack in 2 * (task.essay + " ")
@@ -68,10 +66,16 @@ def test_needles(level):
         nouns.append(NOUNS.index(needle[3]))
     assert_follows(np.bincount(adjectives, minlength=32), np.ones(32))
     assert_follows(np.bincount(nouns, minlength=32), np.ones(32))
-    if level == 1:
-        units = round(1 / min(depth for depth in depths if depth))
-        expected = np.bincount([round(place / 39 * units) for place in range(40)], minlength=units + 1)
-        assert_follows(np.bincount(np.round(np.array(depths) * units).astype(int), minlength=units + 1), expected)
+
+
+def test_forty_depths_from_the_beginning_to_the_end():
+    """Among 39 lines each is a place of its own."""
+    random, task = np.random.default_rng(0), NeedleInAHaystack()
+    texts = [task.draw(random)(39).text.split("\n")[1:-1] for _ in range(EXAMPLES)]
+    places = [next(i for i, line in enumerate(lines) if line != FILLER) for lines in texts]
+    counts = np.bincount(places, minlength=40)
+    assert_follows(counts, np.ones(40))
+    assert counts.min() > 0
 
 
 @pytest.mark.parametrize("make", [Passkey, *(lambda level=level: NeedleInAHaystack(level=level) for level in LEVELS)])

@@ -38,7 +38,9 @@ def uniform(ids, low, high):
     """Integers that are uniform over low .. high - 1, and no others."""
     ids = np.ravel(ids)
     assert ids.min() >= low and ids.max() < high
-    assert_follows(np.bincount(ids - low, minlength=high - low), np.ones(high - low))
+    counts = np.bincount(ids - low, minlength=high - low)
+    assert_follows(counts, np.ones(high - low))
+    assert len(ids) < 20 * (high - low) or counts.min() > 0
 
 
 # ---- MAD ----

@@ -167,6 +167,15 @@ def test_attention_to_the_first_token_alone_is_a_sink():
     assert abs(found["sink_mass"] - (1 + np.mean(1 / np.arange(1, 11))) / 2) < 1e-5 and found["sink_rate"] == 0.5
 
 
+def test_documents_of_a_row_do_not_see_its_first_token():
+    layer, x = SoftmaxAttention(16, num_heads=2), jax.random.normal(jax.random.key(0), (1, 6, 16))
+    variables = layer.init(jax.random.key(1), x)
+    segment_ids = jnp.array([[1, 1, 1, 2, 2, 2]])
+    _, sown = layer.apply(variables, x, segment_ids=segment_ids, mutable=["intermediates"])
+    [weight] = sown["intermediates"]["first_weight"]
+    assert (weight[:, 0] == 1).all() and (weight[:, 1:3] > 0).all() and (weight[:, 3:] == 0).all()
+
+
 def test_a_model_without_attention_has_no_sink(rows, model):
     assert set(evaluate(model, rows, AttentionSink(everywhere))) == {"loss", "accuracy"}
     mixer = LanguageModel(vocab_size=VOCABULARY, d_model=8, n_layers=1, pattern=("linear_attention",))

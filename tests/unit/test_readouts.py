@@ -129,6 +129,11 @@ def test_a_model_for_other_data_is_refused(model, data, message):
         job(model, data)
 
 
+def test_a_z_loss_of_numbers_is_refused():
+    with pytest.raises(InputError, match=r"train.z_loss is 0.0001 with data of numbers: expected 0"):
+        job(Regressor(body(1), 3), LinearRegression(dim=2), z_loss=1e-4)
+
+
 CASES = {
     "autoencoder": (Autoencoder(body(16)), MADCompression()),
     "regressor": (Regressor(body(1), 3), LinearRegression(dim=2)),
