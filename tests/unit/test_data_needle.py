@@ -135,6 +135,15 @@ def test_wrong_arguments_are_refused(make, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_value_that_the_essay_has_is_drawn_anew(tmp_path):
+    file = tmp_path / "essay.txt"
+    file.write_text("No number here.")
+    value = next(NeedleInAHaystack(level=2, paths=str(file)).test_prompts(500)).reference
+    file.write_text(f"It was {value} years ago.")
+    prompt = next(NeedleInAHaystack(level=2, paths=str(file)).test_prompts(500))
+    assert value in prompt.text and prompt.reference != value and prompt.text.count(prompt.reference) == 1
+
+
 def test_an_essay_without_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(InputError, match=r"has no text in it; expected an essay"):
