@@ -137,6 +137,8 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
         mesh=mesh,
         max_batches=job.eval_batches,
         bytes_per_token=data.bytes_per_token,
+        loss=job.loss,
+        metrics=data.metrics,
     )
 
     checkpoints = Checkpointer(

@@ -40,10 +40,17 @@ TIME_AXIS = "seq"
 HEAD_AXIS = "tensor"
 MESH_AXES = (*ROW_AXES, TIME_AXIS, HEAD_AXIS)
 
+# Flax collection of what layers set aside for whoever asks for it, and what is found there, [b, t, h] float32: how much
+# a query weighs the first token of its row.
+SOWN = "intermediates"
+FIRST_WEIGHT = "first_weight"
+
 __all__ = [
+    "FIRST_WEIGHT",
     "HEAD_AXIS",
     "MESH_AXES",
     "ROW_AXES",
+    "SOWN",
     "TIME_AXIS",
     "Activations",
     "Array",

@@ -7,6 +7,9 @@ A batch is a dictionary of arrays. `B` is this process's share of the global bat
     weights       float32  [B, T]   how much a position counts in the loss; 0 if it has nothing to predict
     segment_ids   int32    [B, T]   only where documents are packed: 1, 2, ... along the row, 0 for padding
 
+Data that are numbers and not ids (`Dataset.input_size` is F) have tokens float32 [B, T, F] and targets float32 [B, T];
+the loss is then the squared error, and there is no accuracy.
+
 Rows flow through one pipeline, whatever they are made from:
 
     rows (shuffled, repeated)  ->  batches, of which a process takes its part  ->  transforms  ->  the keys above
@@ -19,17 +22,19 @@ depends on all before it, and every process packs all.
 
 import abc
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
+from seqmodels.data.metrics import Metric
 from seqmodels.data.tokenizers import Tokenizer
 from seqmodels.data.transforms import Batch, Transform
 from seqmodels.errors import InputError
 
 BATCH_DTYPES = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32}
+NUMBER_DTYPES = BATCH_DTYPES | {"tokens": np.float32, "targets": np.float32}
 MAX_SEED = 2**32 - 1
 
 
@@ -47,6 +52,12 @@ class Dataset(abc.ABC):
 
     packed: bool = False
     """Whether its batches have segment_ids."""
+
+    input_size: int | None = None
+    """Numbers at each position of the input; None where the input is ids."""
+
+    metrics: tuple[Metric, ...] = ()
+    """What evaluation reports beside loss and accuracy."""
 
     @property
     @abc.abstractmethod
@@ -70,6 +81,19 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def evaluation_rows(self, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
         """Every held-out row once, always in the same order, which is a fair sample from its first row on."""
+
+    @property
+    def dtypes(self) -> Mapping[str, type]:
+        """Of the arrays that a batch may have, by name."""
+        return BATCH_DTYPES if self.input_size is None else NUMBER_DTYPES
+
+    def batch_shapes(self, batch_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
+        """Of the arrays that a batch has, by name. Does not read the data."""
+        names = [name for name in BATCH_DTYPES if name != "segment_ids" or self.packed]
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (batch_size, seq_len))
+        if self.input_size is not None:
+            shapes["tokens"] += (self.input_size,)
+        return shapes
 
     def train_batches(
         self,
@@ -103,7 +127,7 @@ class Dataset(abc.ABC):
         else:
             batches = rows.batch(batch_size, drop_remainder=True)
             batches = batches.map(lambda batch: {key: array[first : first + size] for key, array in batch.items()})
-        batches = batches.map(lambda batch: apply_transforms(batch, transforms))
+        batches = batches.map(lambda batch: apply_transforms(batch, transforms, self.dtypes))
         if isinstance(batches, grain.MapDataset):
             batches = batches.to_iter_dataset(read_ahead(self.reader_threads))
         return iter(batches)
@@ -137,10 +161,10 @@ class Dataset(abc.ABC):
         rows = self.evaluation_rows(seq_len)
         while group := list(itertools.islice(rows, batch_size)):
             batch = {key: np.stack([row[key] for row in group]) for key in group[0]}
-            batch = apply_transforms(batch, transforms)
+            batch = apply_transforms(batch, transforms, self.dtypes)
             missing, size = batch_size - len(group), batch_size // process_count
             own = slice(process_index * size, (process_index + 1) * size)
-            yield {key: np.pad(array, [(0, missing), (0, 0)])[own] for key, array in batch.items()}
+            yield {key: _pad_rows(array, missing)[own] for key, array in batch.items()}
 
     def _transforms(self, transforms: Sequence[Transform] | None) -> tuple[Transform, ...]:
         return self.default_transforms if transforms is None else tuple(transforms)
@@ -163,7 +187,9 @@ class _PartsOfBatches(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._first + place]
 
 
-def apply_transforms(batch: Batch, transforms: Iterable[Transform]) -> Batch:
+def apply_transforms(
+    batch: Batch, transforms: Iterable[Transform], dtypes: Mapping[str, type] = BATCH_DTYPES
+) -> Batch:
     """Apply `transforms` in order and keep what the batch's contract names, in its dtypes."""
     for transform in transforms:
         batch = transform(batch)
@@ -172,7 +198,11 @@ def apply_transforms(batch: Batch, transforms: Iterable[Transform]) -> Batch:
             raise InputError(
                 f"a batch has no {key!r} after its transforms; for text, begin with next_token_targets"
             )
-    return {key: batch[key].astype(dtype, copy=False) for key, dtype in BATCH_DTYPES.items() if key in batch}
+    return {key: batch[key].astype(dtype, copy=False) for key, dtype in dtypes.items() if key in batch}
+
+
+def _pad_rows(array: np.ndarray, missing: int) -> np.ndarray:
+    return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
 
 
 def read_ahead(threads: int) -> grain.ReadOptions:

@@ -1,14 +1,17 @@
 """Causal softmax attention with rotary positions, grouped heads, a window and sink tokens."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from seqmodels.errors import InputError
 from seqmodels.layers._mixer import MixerState, Stream, merge_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import rotary
-from seqmodels.notation import Activations, Array
+from seqmodels.notation import FIRST_WEIGHT, SOWN, Activations, Array, Keys, Queries, Values
 from seqmodels.ops._heads import by_head
 from seqmodels.ops.cross_attention import softmax_cross_attention
 from seqmodels.ops.softmax_attention import empty_cache, softmax_attention
@@ -102,6 +105,17 @@ class SoftmaxAttention(QKVMixer):
 
     def project(self, x: Activations, stream: Stream) -> dict:
         return {**self.placed(x, stream, stream.positions), "window": self.window, "sinks": self.sinks}
+
+    def operate(self, stream: Stream, **arguments: Any) -> Array:
+        if self.is_mutable_collection(SOWN):
+            self.sow(SOWN, FIRST_WEIGHT, self.first_weight(**arguments, segment_ids=stream.documents))
+        return super().operate(stream, **arguments)
+
+    def first_weight(self, q: Queries, k: Keys, v: Values, **options: Any) -> Float[Array, "b t h"]:
+        """How much each query of a span without a past weighs its first token: attention is linear in the values."""
+        is_first = jnp.zeros((*k.shape[:3], 1), k.dtype).at[:, 0].set(1)
+        weight, _ = softmax_attention(q, k, is_first, causal=self.causal, **options)
+        return weight[..., 0].astype(jnp.float32)
 
     def project_across(self, x: Activations, stream: Stream) -> dict:
         """Places in two sequences do not compare: all tokens stand at place 0, where rotary positions turn nothing."""

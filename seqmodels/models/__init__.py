@@ -1,6 +1,7 @@
-"""Stacks of mixers: the residual block, and the language model built from it."""
+"""Stacks of mixers: the residual block, the language model built from it, and models with other ends."""
 
 from seqmodels.models.block import Block, Stack
 from seqmodels.models.language_model import LanguageModel
+from seqmodels.models.readouts import Autoencoder, Regressor, input_shape
 
-__all__ = ["Block", "LanguageModel", "Stack"]
+__all__ = ["Autoencoder", "Block", "LanguageModel", "Regressor", "Stack", "input_shape"]

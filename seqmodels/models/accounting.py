@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
 from seqmodels.models.language_model import LanguageModel
+from seqmodels.models.readouts import input_shape
 
 
 def parameter_count(params: Any) -> int:
@@ -19,7 +19,7 @@ def parameter_count(params: Any) -> int:
 def flops_per_token(model: LanguageModel, seq_len: int) -> float:
     """Floating-point operations of one forward pass per token, at that sequence length; see `flops`. A training step
     costs three times as much."""
-    tokens = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
+    tokens = input_shape(model, 1, seq_len)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     return flops(lambda params, tokens: model.apply(params, tokens)[0], params, tokens) / seq_len
 

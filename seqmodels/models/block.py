@@ -11,7 +11,7 @@ from seqmodels import registry
 from seqmodels.errors import InputError, nearest
 from seqmodels.layers import Mixer, SwiGLU, make_norm
 from seqmodels.layers._mixer import Layout, MixerState, lay_out
-from seqmodels.notation import Activations, Array, SegmentIds
+from seqmodels.notation import SOWN, Activations, Array, SegmentIds
 from seqmodels.ops._exchange import EXCHANGED
 from seqmodels.ops._mesh import constrain
 
@@ -258,7 +258,7 @@ class Stack(nn.Module):
         if self.scan:
             scanned = nn.scan(
                 _Group,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, SOWN: 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=rounds,

@@ -10,7 +10,7 @@ from seqmodels.errors import InputError
 from seqmodels.layers import SwiGLU, make_norm
 from seqmodels.layers._mixer import MixerState
 from seqmodels.models.block import MixerName, Scales, Stack
-from seqmodels.notation import Logits, SegmentIds, Tokens
+from seqmodels.notation import Activations, Logits, SegmentIds, Tokens
 from seqmodels.ops._mesh import constrain, gathered
 
 
@@ -88,13 +88,22 @@ class LanguageModel(nn.Module):
         state: tuple[MixerState, ...] | None = None,
         segment_ids: SegmentIds | None = None,
     ) -> tuple[Logits, tuple[MixerState, ...]]:
-        if tokens.ndim != 2:
-            raise InputError(f"LanguageModel: tokens has shape {tokens.shape}; expected [batch, time]")
-        # Looked up in the whole table: what it gives is then split like the tokens.
-        x = jnp.take(gathered(self.embed.embedding.astype(self.dtype)), tokens, axis=0)
-        x, state = self.stack(self.embedding_scale * x, state, segment_ids)
-        x = self.final_norm(constrain(x))
+        x, state = self.read(self.embedded(tokens), state, segment_ids)
         logits = (self.embed.attend(x) if self.tie_embeddings else self.lm_head(x)).astype(jnp.float32)
         if self.logit_cap is not None:
             logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)
         return logits, state
+
+    def embedded(self, tokens: Tokens) -> Activations:
+        """What the stack reads of tokens."""
+        if tokens.ndim != 2:
+            raise InputError(f"LanguageModel: tokens has shape {tokens.shape}; expected [batch, time]")
+        # Looked up in the whole table: what it gives is then split like the tokens.
+        return self.embedding_scale * jnp.take(gathered(self.embed.embedding.astype(self.dtype)), tokens, axis=0)
+
+    def read(
+        self, x: Activations, state: tuple[MixerState, ...] | None, segment_ids: SegmentIds | None
+    ) -> tuple[Activations, tuple[MixerState, ...]]:
+        """What the stack makes of it, normalised: logits are linear in this."""
+        x, state = self.stack(x, state, segment_ids)
+        return self.final_norm(constrain(x)), state

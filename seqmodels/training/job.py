@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -13,10 +12,12 @@ from jax.sharding import Mesh
 from seqmodels.data import Dataset
 from seqmodels.data.transforms import Transform
 from seqmodels.errors import InputError, nearest
+from seqmodels.models import input_shape
 from seqmodels.notation import TIME_AXIS
 from seqmodels.parallel.mesh import batch_shards, make_mesh
 from seqmodels.parallel.partition import PartitionRules
 from seqmodels.training.compiler_presets import PRESETS, compiler_options
+from seqmodels.training.loss import Loss, loss_sums, squared_error_sums
 from seqmodels.training.optimizer import AdamW, Optimizer
 from seqmodels.training.state import TrainState, shardings_of
 from seqmodels.training.step import TrainStep, make_train_step
@@ -124,11 +125,25 @@ class TrainingJob:
                     f"train.profile_steps is {self.profile_steps}: expected (first, last) with "
                     f"1 <= first <= last <= {self.steps}, the number of steps"
                 )
+        sizes = getattr(self.model, "input_size", None), self.data.input_size
+        if sizes[0] != sizes[1]:
+            model, data = ("ids" if size is None else f"{size} numbers at each position" for size in sizes)
+            raise InputError(
+                f"the model {type(self.model).__name__} reads {model}, but the data {type(self.data).__name__} are "
+                f"{data}: expected the same"
+            )
+        if self.z_loss and self.data.input_size is not None:
+            raise InputError(f"train.z_loss is {self.z_loss} with data of numbers: expected 0, they have no logits")
         if self.model.vocab_size < self.data.vocab_size:
             raise InputError(
                 f"the model's vocab_size is {self.model.vocab_size}, but the data has tokens up to "
                 f"{self.data.vocab_size - 1}: expected at least {self.data.vocab_size}"
             )
+
+    @property
+    def loss(self) -> Loss:
+        """What is minimised: the cross entropy of ids, the squared error of numbers."""
+        return loss_sums if self.data.input_size is None else squared_error_sums
 
     def compiler_options(self, mesh: Mesh) -> dict[str, Any]:
         """Options of XLA for the training step on this mesh."""
@@ -142,6 +157,7 @@ class TrainingJob:
             self.optimizer.learning_rates(self.steps),
             mesh=mesh,
             state_shardings=shardings_of(state),
+            loss=self.loss,
             z_loss=self.z_loss,
             accumulate=self.accumulate,
             compiler_options=self.compiler_options(mesh),
@@ -163,6 +179,6 @@ class TrainingJob:
                 "(DeviceMesh.seq)"
             )
         if mesh.size > 1:
-            tokens = jax.ShapeDtypeStruct((self.batch_size, self.seq_len), jnp.int32)
+            tokens = input_shape(self.model, self.batch_size, self.seq_len)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 jax.eval_shape(self.model.init, jax.random.key(0), tokens)

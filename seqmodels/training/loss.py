@@ -3,10 +3,12 @@
     nll[b,t] = logsumexp(logits[b,t]) - logits[b,t,target]        z[b,t] = logsumexp(logits[b,t])^2
 
 The z term keeps the normaliser near 0, where low precision is best (PaLM, Chowdhery et al. 2022, 2204.02311).
-Sums are returned, not means, so that parts of a batch add up to the whole whatever their weights.
+Sums are returned, not means, so that parts of a batch add up to the whole whatever their weights. Data that are numbers
+have the squared error in its place.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,12 +16,21 @@ import jax.numpy as jnp
 
 
 class LossSums(NamedTuple):
-    """Sums over positions, each position counted with its weight; float32 scalars."""
+    """Sums over positions, each position counted with its weight; float32 scalars. `correct` is None where nothing is
+    simply right or wrong, and `nll` stands for whatever the loss is."""
 
     nll: jax.Array
     z: jax.Array
-    correct: jax.Array
+    correct: jax.Array | None
     weight: jax.Array
+
+    def means(self, weight: jax.Array) -> dict[str, jax.Array]:
+        """`loss` and, where there is one, `accuracy`, per unit of `weight`."""
+        accuracy = {} if self.correct is None else {"accuracy": self.correct / weight}
+        return {"loss": self.nll / weight, **accuracy}
+
+
+Loss = Callable[[jax.Array, jax.Array, jax.Array], LossSums]
 
 
 def loss_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> LossSums:
@@ -43,6 +54,13 @@ def loss_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Loss
         correct=jnp.sum(correct * weights),
         weight=jnp.sum(weights),
     )
+
+
+def squared_error_sums(predictions: jax.Array, targets: jax.Array, weights: jax.Array) -> LossSums:
+    """Squared error of predictions `[B, T, 1]` of the numbers `targets` `[B, T]`; arguments as in `loss_sums`."""
+    error = predictions[..., 0].astype(jnp.float32) - targets
+    zero = jnp.zeros((), jnp.float32)
+    return LossSums(nll=jnp.sum(error**2 * weights), z=zero, correct=None, weight=jnp.sum(weights))
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

@@ -130,7 +130,8 @@ class Report:
         parts = [f"loss {row['loss']:.3f}"]
         if "bits_per_byte" in row:
             parts.append(f"{row['bits_per_byte']:.3f} bits/byte")
-        parts.append(f"accuracy {row['accuracy']:.3f}")
+        if "accuracy" in row:
+            parts.append(f"accuracy {row['accuracy']:.3f}")
         if speed:
             parts.append(f"{_short(speed['tokens_per_second'])} tokens/s")
         if "flops_utilisation" in speed:
@@ -147,7 +148,7 @@ class Report:
             return
         self._run.append_metrics(step, {f"eval/{name}": value for name, value in metrics.items()})
         self._to_tensorboard("eval", step, metrics)
-        parts = [f"loss {metrics['loss']:.3f}", f"accuracy {metrics['accuracy']:.3f}"]
+        parts = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if name != "bits_per_byte"]
         if "bits_per_byte" in metrics:
             parts.append(f"{metrics['bits_per_byte']:.3f} bits/byte")
         say(f"step {step:>{len(str(self._steps))}}/{self._steps}: held out: {', '.join(parts)}")

@@ -9,6 +9,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from seqmodels.models import input_shape
 from seqmodels.parallel.mesh import replicated
 from seqmodels.parallel.partition import PartitionRules, partition, partition_like
 
@@ -86,4 +87,5 @@ def _state_maker(model, transform, seq_len):
 
 
 def _init_parameters(model, key, seq_len):
-    return nn.meta.unbox(model.init(key, jnp.zeros((1, seq_len), jnp.int32)))["params"]
+    tokens = input_shape(model, 1, seq_len)
+    return nn.meta.unbox(model.init(key, jnp.zeros(tokens.shape, tokens.dtype)))["params"]

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from seqmodels.parallel.mesh import replicated
-from seqmodels.training.loss import LossSums, loss_sums
+from seqmodels.training.loss import Loss, loss_sums
 from seqmodels.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -20,7 +20,8 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, "StepResult"]]
 class StepResult(NamedTuple):
     """What a step reports; float32.
 
-    metrics: scalars by name. `loss` is the cross entropy in nats per unit of weight, without the z term.
+    metrics: scalars by name. `loss` is per unit of weight, without the z term: the cross entropy in nats, or what
+        else is minimised.
     gradient_norms: `[P]`, the norm of each parameter's gradient before clipping, in the order of
         `parameter_paths`.
     """
@@ -38,6 +39,7 @@ def make_train_step(
     state_shardings: TrainState | None = None,
     z_loss: float = 0.0,
     accumulate: int = 1,
+    loss: Loss = loss_sums,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> TrainStep:
     """The jitted training step. It consumes (donates) the state that it is given.
@@ -48,6 +50,7 @@ def make_train_step(
         accumulate: the batch is worked off in this many parts, one after the other, for the memory of one
             part. The result is that of the whole batch, whatever weight each part has. The batch size must be
             a multiple of `accumulate` times the number of batch shards.
+        loss: what is minimised, of the model's outputs, targets and weights.
         compiler_options: of XLA, for the devices of the mesh.
     """
 
@@ -55,7 +58,7 @@ def make_train_step(
         logits, _ = model.apply(
             {"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids"), rngs={"dropout": key}
         )
-        sums = loss_sums(logits, batch["targets"], batch["weights"])
+        sums = loss(logits, batch["targets"], batch["weights"])
         return (sums.nll + z_loss * sums.z) / total_weight, sums
 
     gradient = jax.grad(objective, has_aux=True)
@@ -70,8 +73,9 @@ def make_train_step(
         parts = {
             name: rows.reshape(-1, accumulate, *rows.shape[1:]).swapaxes(0, 1) for name, rows in batch.items()
         }
-        zero = jnp.zeros((), jnp.float32)
-        start = jax.tree.map(jnp.zeros_like, params), LossSums(zero, zero, zero, zero)
+        # Sums are scalars, and which there are does not depend on the size of what is summed.
+        one = [jnp.zeros((1, 1, 1)), jnp.zeros((1, 1), batch["targets"].dtype), jnp.zeros((1, 1))]
+        start = jax.tree.map(jnp.zeros_like, (params, jax.eval_shape(loss, *one)))
         return jax.lax.scan(add_part, start, (jnp.arange(accumulate), parts))[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
@@ -88,8 +92,7 @@ def make_train_step(
             [jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(gradients)]
         )
         metrics = {
-            "loss": sums.nll / total_weight,
-            "accuracy": sums.correct / total_weight,
+            **sums.means(total_weight),
             "gradient_norm": jnp.linalg.norm(gradient_norms),
             "update_norm": optax.tree.norm(updates),
             "learning_rate": jnp.asarray(learning_rates(state.step), jnp.float32),

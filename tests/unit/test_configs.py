@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 from seqmodels import config
 from seqmodels.constructors import register_constructors
 from seqmodels.errors import InputError
+from seqmodels.models import input_shape
 from seqmodels.models.accounting import parameter_count
 from seqmodels.notation import MESH_AXES
 from seqmodels.registry import MIXERS
@@ -33,9 +34,9 @@ def build(*files: Path) -> TrainingJob:
     job = TrainingJob()
     shapes = parameter_shapes(job.model, job.seq_len)
     job.optimizer.build(shapes, job.steps)
-    tokens = jax.ShapeDtypeStruct((job.batch_size, job.seq_len), "int32")
+    tokens = input_shape(job.model, job.batch_size, job.seq_len)
     logits, _ = jax.eval_shape(lambda params, x: job.model.apply({"params": params}, x), shapes, tokens)
-    assert logits.shape == (job.batch_size, job.seq_len, job.model.vocab_size)
+    assert logits.shape == (job.batch_size, job.seq_len, job.model.vocab_size or 1)
     config.check_all_used()
     return job
 

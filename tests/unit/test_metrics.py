@@ -13,7 +13,8 @@ from seqmodels.training import metrics as metrics_module
 from seqmodels.training.metrics import Report, peak_flops
 from seqmodels.training.run_directory import RunDirectory, read_metrics
 
-VALUES = {"loss": math.log(16), "accuracy": 0.25, "gradient_norm": 1.0}
+HELD_OUT = {"loss": math.log(16), "accuracy": 0.25}
+VALUES = HELD_OUT | {"gradient_norm": 1.0}
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_lines_where_there_is_no_terminal(run, capsys, monkeypatch):
     with make_report(run) as report:
         for step in range(1, 11):
             report.step(step, VALUES)
-        report.evaluation(10, VALUES | {"bits_per_byte": 2.0})
+        report.evaluation(10, HELD_OUT | {"bits_per_byte": 2.0, "macro_accuracy": 0.2})
     first, second, *_, last = capsys.readouterr().out.splitlines()
     assert first == "step  1/10: loss 2.773, 2.000 bits/byte, accuracy 0.250"
     # A step of 1000 tokens in eight seconds, each token 6e6 FLOPs, of 1e9 a second; six steps to go.
@@ -80,7 +81,15 @@ def test_lines_where_there_is_no_terminal(run, capsys, monkeypatch):
         second
         == "step  4/10: loss 2.773, 2.000 bits/byte, accuracy 0.250, 125 tokens/s, MFU 75.0%, 00:48 left"
     )
-    assert last == "step 10/10: held out: loss 2.773, accuracy 0.250, 2.000 bits/byte"
+    assert last == "step 10/10: held out: loss 2.773, accuracy 0.250, macro accuracy 0.200, 2.000 bits/byte"
+
+
+def test_a_row_without_accuracy(run, capsys):
+    """Data that are numbers have none."""
+    with make_report(run, bytes_per_token=None) as report:
+        report.step(1, {"loss": 2.0})
+        report.evaluation(1, {"loss": 1.0})
+    assert capsys.readouterr().out.splitlines() == ["step  1/10: loss 2.000", "step  1/10: held out: loss 1.000"]
 
 
 def test_time_spent_elsewhere_does_not_count(run, capsys, monkeypatch):
@@ -106,7 +115,7 @@ def test_on_a_terminal_one_line_changes_in_place(run, monkeypatch):
     with make_report(run, start=4, every=1) as report:
         for step in range(5, 11):
             report.step(step, VALUES)
-        report.evaluation(10, VALUES)
+        report.evaluation(10, HELD_OUT)
     shown = terminal.getvalue()
     assert "10/10 [" in shown and "loss 2.773, 2.000 bits/byte" in shown.rpartition("10/10 [")[2]
     lines = [line.rpartition("\r")[2].strip() for line in shown.split("\n")]

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from seqmodels.data.dataset import BATCH_DTYPES
 from seqmodels.models.accounting import flops_per_token, parameter_count
 from seqmodels.parallel.mesh import batch_sharding, describe_mesh
 from seqmodels.tools.compile_check.chips import GIB, Target
@@ -132,9 +131,8 @@ def check(
 
 def batch_shapes(job: TrainingJob, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """What the job's data gives a step, on the mesh; the data is not read."""
-    shape, sharding = (job.batch_size, job.seq_len), batch_sharding(mesh)
-    names = [name for name in BATCH_DTYPES if name != "segment_ids" or job.data.packed]
-    return {name: jax.ShapeDtypeStruct(shape, BATCH_DTYPES[name], sharding=sharding) for name in names}
+    shapes, dtypes, sharding = job.data.batch_shapes(job.batch_size, job.seq_len), job.data.dtypes, batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtypes[name], sharding=sharding) for name, shape in shapes.items()}
 
 
 def reason(message: str) -> str:
