@@ -1,0 +1,1 @@
+"""Evaluation of finished runs: `python -m seqmodels.tools.evaluate RUN --suite NAME`."""
