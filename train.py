@@ -130,7 +130,7 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     if jax.process_index() == 0 and len(devices) > 1:
         write_file(run.path / "parameters.txt", partition_table(shapes.params, shardings_of(shapes.params)) + "\n")
 
-    train_step = job.train_step(transform, mesh, shapes)
+    train_step = job.train_step(mesh, shapes)
     evaluate = make_evaluator(
         model,
         lambda: data.evaluation_batches(job.batch_size, job.seq_len, **processes),

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -149,12 +148,12 @@ class TrainingJob:
         """Options of XLA for the training step on this mesh."""
         return compiler_options(self.compiler_preset, mesh)
 
-    def train_step(self, transform: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> TrainStep:
-        """The jitted training step, of `transform`, on this mesh, for states that lie like `state` (shapes will do)."""
+    def train_step(self, mesh: Mesh, state: TrainState) -> TrainStep:
+        """The training step on this mesh, for states that lie like `state` (shapes will do)."""
         return make_train_step(
             self.model,
-            transform,
-            self.optimizer.learning_rates(self.steps),
+            self.optimizer,
+            self.steps,
             mesh=mesh,
             state_shardings=shardings_of(state),
             loss=self.loss,

@@ -10,11 +10,14 @@ An update is computed in this order; m and n are what the two tables of rules sa
 So a learning-rate multiplier of 0 freezes a parameter, decay included.
 """
 
+import copy
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from seqmodels.errors import InputError, nearest
@@ -74,6 +77,14 @@ def make_schedule(
     return lambda updates_done: schedule(updates_done + 1)
 
 
+class Hyperparameters(NamedTuple):
+    """The numbers of an optimizer that a compiled step takes as arguments, float32 scalars: runs that differ in them
+    alone run one program, which is compiled once."""
+
+    learning_rate: jax.typing.ArrayLike
+    weight_decay: jax.typing.ArrayLike
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """What all optimizers share. `weight_decay_rules` and `learning_rate_rules` are tables of (regular
@@ -100,6 +111,17 @@ class Optimizer:
             if value is not None and not 0 <= value < limit:
                 expected = "0 or more" if limit == math.inf else f"0 or more and less than {limit:g}"
                 raise InputError(f"{type(self).__name__}.{name} is {value}: expected {expected}")
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        return Hyperparameters(*(np.float32(getattr(self, name)) for name in Hyperparameters._fields))
+
+    def with_hyperparameters(self, values: Hyperparameters) -> "Optimizer":
+        """This optimizer with these values, traced ones too, in the place of its own."""
+        other = copy.copy(self)
+        for name, value in values._asdict().items():
+            object.__setattr__(other, name, value)
+        return other
 
     def direction(self) -> optax.GradientTransformation:
         """Step 2 of the update: from a gradient to the direction to go against."""

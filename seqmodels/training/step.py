@@ -1,6 +1,7 @@
 """One update: gradients, clipping, optimizer, and the numbers worth watching, in one compiled program."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +12,10 @@ from jax.sharding import Mesh
 
 from seqmodels.parallel.mesh import replicated
 from seqmodels.training.loss import Loss, loss_sums
+from seqmodels.training.optimizer import Hyperparameters, Optimizer
 from seqmodels.training.state import TrainState
 
 Batch = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, "StepResult"]]
 
 
 class StepResult(NamedTuple):
@@ -30,10 +31,32 @@ class StepResult(NamedTuple):
     gradient_norms: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """One update, `state, result = step(state, batch)`. It consumes (donates) the state that it is given.
+
+    program: the jitted function of a state, a batch and the optimizer's numbers.
+    hyperparameters: these numbers.
+    """
+
+    program: jax.stages.Wrapped
+    hyperparameters: Hyperparameters
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
+        return self.program(state, batch, self.hyperparameters)
+
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """Of arrays or shapes, as `jax.jit(...).trace`."""
+        return self.program.trace(state, batch, self.hyperparameters)
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        return self.trace(state, batch).lower()
+
+
 def make_train_step(
     model: nn.Module,
-    transform: optax.GradientTransformation,
-    learning_rates: optax.Schedule,
+    optimizer: Optimizer,
+    steps: int,
     *,
     mesh: Mesh,
     state_shardings: TrainState | None = None,
@@ -42,9 +65,10 @@ def make_train_step(
     loss: Loss = loss_sums,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> TrainStep:
-    """The jitted training step. It consumes (donates) the state that it is given.
+    """The training step, of a state made for `optimizer.build(parameters, steps)`.
 
     Args:
+        steps: updates in the whole run, for the schedule of the learning rate.
         state_shardings: where the arrays of the state lie, before and after; None for whole on every device.
         z_loss: coefficient of the squared log-normaliser in what is minimised.
         accumulate: the batch is worked off in this many parts, one after the other, for the memory of one
@@ -78,7 +102,11 @@ def make_train_step(
         start = jax.tree.map(jnp.zeros_like, (params, jax.eval_shape(loss, *one)))
         return jax.lax.scan(add_part, start, (jnp.arange(accumulate), parts))[0]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
+    def train_step(
+        state: TrainState, batch: Batch, hyperparameters: Hyperparameters
+    ) -> tuple[TrainState, StepResult]:
+        tuned = optimizer.with_hyperparameters(hyperparameters)
+        transform, learning_rates = tuned.build(state.params, steps), tuned.learning_rates(steps)
         key = jax.random.fold_in(state.key, state.step)
         total_weight = jnp.sum(batch["weights"])
         total_weight = jnp.where(total_weight > 0, total_weight, 1.0)
@@ -104,9 +132,10 @@ def make_train_step(
 
     everywhere = replicated(mesh)
     of_state = everywhere if state_shardings is None else state_shardings
-    return jax.jit(
+    program = jax.jit(
         train_step,
         donate_argnums=0,
         out_shardings=(of_state, everywhere),
         compiler_options=dict(compiler_options or {}),
     )
+    return TrainStep(program, optimizer.hyperparameters)

@@ -49,9 +49,8 @@ def _measure_job(job: TrainingJob, folder: Path) -> Measured:
     batches = data.train_batches(job.batch_size, job.seq_len, job.seed, transforms=job.transforms)
     mesh = make_mesh(devices=jax.devices()[:1])
     transform = job.optimizer.build(parameter_shapes(job.model, job.seq_len), job.steps)
-    rates = job.optimizer.learning_rates(job.steps)
     step = make_train_step(
-        job.model, transform, rates, mesh=mesh, z_loss=job.z_loss, accumulate=job.accumulate
+        job.model, job.optimizer, job.steps, mesh=mesh, z_loss=job.z_loss, accumulate=job.accumulate
     )
     measured: Measured = {name: [] for name in METRICS}
     with jax.set_mesh(mesh):

@@ -44,15 +44,15 @@ def step_collectives(pattern, length, *, remat="full", packed=False, **sizes) ->
     """Of a step of two layers, where time is split over the devices."""
     model = LanguageModel(vocab_size=32, d_model=32, n_layers=2, pattern=pattern, remat=remat)
     mesh = make_mesh(**sizes)
-    transform = AdamW(warmup_steps=0).build(parameter_shapes(model, 8), 10)
-    state = state_shapes(model, transform, seq_len=8, mesh=mesh)
+    optimizer = AdamW(warmup_steps=0)
+    state = state_shapes(model, optimizer.build(parameter_shapes(model, 8), 10), seq_len=8, mesh=mesh)
     dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if packed:
         dtypes["segment_ids"] = jnp.int32
     shape, sharding = (batch_shards(mesh), length), batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     with jax.set_mesh(mesh):
-        step = make_train_step(model, transform, lambda step: 1e-3, mesh=mesh, state_shardings=shardings_of(state))
+        step = make_train_step(model, optimizer, 10, mesh=mesh, state_shardings=shardings_of(state))
         return collectives(step.lower(state, batch).compile().as_text())
 
 

@@ -31,7 +31,7 @@ from seqmodels.training.checkpoint import list_steps, restore_parameters
 from seqmodels.training.in_flight import StepsInFlight
 from seqmodels.training.loop import STEPS_IN_FLIGHT
 from seqmodels.training.run_directory import read_metrics
-from seqmodels.training.state import TrainState, parameter_shapes
+from seqmodels.training.state import TrainState, parameter_shapes, state_shapes
 from seqmodels.training.step import StepResult, make_train_step
 
 REPOSITORY = Path(__file__).parents[2]
@@ -197,8 +197,9 @@ def test_a_profile_is_written_for_the_steps_asked_for(tmp_path):
 @pytest.fixture
 def slow_step():
     """A real training step that keeps the device busy for a while, and the results that it has handed out."""
-    model, transform = Tiny(), SGD(warmup_steps=0).build(parameter_shapes(Tiny(), LENGTH), 100)
-    real = make_train_step(model, transform, lambda step: 0.1, mesh=make_mesh(devices=jax.devices()[:1]))
+    model, optimizer = Tiny(), SGD(warmup_steps=0)
+    transform = optimizer.build(parameter_shapes(model, LENGTH), 100)
+    real = make_train_step(model, optimizer, 100, mesh=make_mesh(devices=jax.devices()[:1]))
 
     @jax.jit
     def busy_step(state, batch):
@@ -357,13 +358,10 @@ class Smooth(Tiny):
 
 
 def one_step(accumulate, batch, z_loss=1e-2):
-    transform = SGD(learning_rate=1.0, schedule="constant", warmup_steps=0, clip_norm=None).build(
-        parameter_shapes(Smooth(), LENGTH), 10
-    )
+    optimizer = SGD(learning_rate=1.0, schedule="constant", warmup_steps=0, clip_norm=None)
+    transform = optimizer.build(parameter_shapes(Smooth(), LENGTH), 10)
     mesh = make_mesh(devices=jax.devices()[:1])
-    step = make_train_step(
-        Smooth(), transform, lambda _: 1.0, mesh=mesh, z_loss=z_loss, accumulate=accumulate
-    )
+    step = make_train_step(Smooth(), optimizer, 10, mesh=mesh, z_loss=z_loss, accumulate=accumulate)
     state = create_state(Smooth(), transform, seq_len=LENGTH, seed=0, mesh=mesh)
     return step(state, place_batch(batch, mesh))
 
@@ -389,6 +387,20 @@ def test_an_accumulated_batch_is_the_whole_batch(accumulate):
         assert np.linalg.norm(a - b) <= bound * np.linalg.norm(a), path
 
 
+def test_jobs_that_differ_in_learning_rate_and_weight_decay_share_a_program():
+    """Which the persistent compilation cache then holds once for all points of a sweep."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+
+    def program(optimizer, steps=10):
+        transform = optimizer.build(parameter_shapes(Tiny(), LENGTH), steps)
+        state = state_shapes(Tiny(), transform, seq_len=LENGTH, mesh=mesh)
+        return make_train_step(Tiny(), optimizer, steps, mesh=mesh).lower(state, uneven_batch()).as_text()
+
+    one = program(AdamW(learning_rate=1e-3, weight_decay=0.1, warmup_steps=2))
+    assert one == program(AdamW(learning_rate=3e-4, weight_decay=0.0, warmup_steps=2))
+    assert one != program(AdamW(learning_rate=1e-3, weight_decay=0.1, warmup_steps=3))
+
+
 def test_the_loss_is_a_mean_over_weight():
     batch = uneven_batch()
     doubled = {**batch, "weights": 2 * batch["weights"]}
@@ -405,9 +417,10 @@ def test_a_batch_without_weight_changes_nothing():
 
 
 def test_the_state_given_to_a_step_is_consumed():
-    transform = optax.identity()
+    optimizer = SGD(warmup_steps=0)
+    transform = optimizer.build(parameter_shapes(Tiny(), LENGTH), 10)
     state = create_state(Tiny(), transform, seq_len=LENGTH, seed=0, mesh=make_mesh(devices=jax.devices()[:1]))
-    step = make_train_step(Tiny(), transform, lambda _: 1.0, mesh=make_mesh(devices=jax.devices()[:1]))
+    step = make_train_step(Tiny(), optimizer, 10, mesh=make_mesh(devices=jax.devices()[:1]))
     new, _ = step(state, place_batch(uneven_batch(), make_mesh(devices=jax.devices()[:1])))
     assert isinstance(new, TrainState) and new.step == 1
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

@@ -154,7 +154,7 @@ def test_parts_of_a_batch_and_devices_add_up(name):
         with jax.set_mesh(mesh):
             optimizer = this.optimizer.build(started(model, 16), 4)
             state = create_state(model, optimizer, seq_len=16, seed=0, mesh=mesh)
-            step = this.train_step(optimizer, mesh, state)
+            step = this.train_step(mesh, state)
             state, result = step(state, place_batch(batch, mesh))
             evaluate = make_evaluator(
                 model,

@@ -89,7 +89,7 @@ def check(
     batch = batch_shapes(job, mesh)
     shape = f"{job.batch_size} x {job.seq_len} tokens"
     say(f"{target.name}: {len(target.devices)} devices, mesh {describe_mesh(mesh.shape)}, {shape}")
-    step = job.train_step(transform, mesh, state)
+    step = job.train_step(mesh, state)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))

@@ -84,13 +84,13 @@ def _train(argv: list[str]) -> None:
         state = create_state(
             job.model, transform, seq_len=job.seq_len, seed=job.seed, mesh=mesh, rules=job.mesh.rules
         )
-        step = job.train_step(transform, mesh, state)
+        step = job.train_step(mesh, state)
         batch = place_batch(next(batches), mesh)
         compiled = step.lower(state, batch).compile()
         memory = compiled.memory_analysis()
         for i in range(steps):
             began = time.perf_counter()
-            state, result = compiled(state, batch)
+            state, result = compiled(state, batch, step.hyperparameters)
             losses.append(float(result.metrics["loss"]))
             seconds.append(time.perf_counter() - began)
             print(f"{count} device(s), update {i + 1}: loss {losses[-1]:.4f}, {seconds[-1]:.1f} s", flush=True)
