@@ -175,7 +175,7 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
             every=job.log_every,
         )
         with report:
-            state, step = training_loop(
+            ended = training_loop(
                 state,
                 batches,
                 start=start,
@@ -186,15 +186,18 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
                 checkpointer=checkpoints,
                 report=report,
                 mesh=mesh,
+                goal=job.goal,
                 profile_steps=job.profile_steps,
                 profile_directory=run.path / "profile",
             )
-    if step < job.steps:
+    state, step = ended.state, ended.step
+    if not ended.finished:
         say(f"stopped after step {step} and saved: the same command continues")
         return EXIT_RESTART
     rows = read_metrics(run.metrics)
     run.mark_finished(step, rows[-1] if rows else {})
-    say(f"finished: step {step}, checkpoint and metrics are in {run.path}")
+    reached = f", where {job.goal[0]} has reached {job.goal[1]:g}" if step < job.steps else ""
+    say(f"finished: step {step}{reached}, checkpoint and metrics are in {run.path}")
     if job.sample_tokens and data.tokenizer:
         params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(state.params)
         if jax.process_index() == 0:

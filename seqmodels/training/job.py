@@ -76,6 +76,8 @@ class TrainingJob:
         log_every: updates from one row of `metrics.jsonl` to the next.
         eval_every: updates from one evaluation to the next; None evaluates at the end only.
         eval_batches: how many held-out batches an evaluation looks at; None for all.
+        goal: a name of what an evaluation reports and a value, such as ('accuracy', 0.99): the run ends early once an
+            evaluation has at least that.
         checkpoint_every: updates from one checkpoint to the next; None saves at the end, or when stopped.
         keep: how many checkpoints stay.
         profile_steps: the first and the last update to trace into the run directory's `profile` folder.
@@ -99,6 +101,7 @@ class TrainingJob:
     log_every: int = 10
     eval_every: int | None = None
     eval_batches: int | None = 16
+    goal: tuple[str, float] | None = None
     checkpoint_every: int | None = 1000
     keep: int = 3
     profile_steps: tuple[int, int] | None = None
@@ -124,6 +127,10 @@ class TrainingJob:
                     f"train.profile_steps is {self.profile_steps}: expected (first, last) with "
                     f"1 <= first <= last <= {self.steps}, the number of steps"
                 )
+        if self.goal is not None and self.eval_every is None:
+            raise InputError(
+                f"train.goal is {self.goal} without train.eval_every: expected a number of updates, or no goal"
+            )
         sizes = getattr(self.model, "input_size", None), self.data.input_size
         if sizes[0] != sizes[1]:
             model, data = ("ids" if size is None else f"{size} numbers at each position" for size in sizes)

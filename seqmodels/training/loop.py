@@ -15,12 +15,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 from jax.sharding import Mesh
 
+from seqmodels.errors import InputError, nearest
 from seqmodels.files import copy_folder, in_bucket, told
 from seqmodels.parallel.mesh import must_take_turns, place_batch
 from seqmodels.parameter_rules import parameter_paths
@@ -32,6 +33,15 @@ from seqmodels.training.step import Batch, StepResult
 from seqmodels.training.stop_request import StopRequest
 
 STEPS_IN_FLIGHT = 4
+
+
+class Ended(NamedTuple):
+    """How a loop ended. step: how many updates the state has seen. finished: whether nothing is left to do; otherwise
+    it was asked to stop, and a later one goes on."""
+
+    state: TrainState
+    step: int
+    finished: bool
 
 
 def training_loop(
@@ -46,22 +56,22 @@ def training_loop(
     checkpointer: Checkpointer,
     report: Report,
     mesh: Mesh,
+    goal: tuple[str, float] | None = None,
     profile_steps: tuple[int, int] | None = None,
     profile_directory: str | os.PathLike | None = None,
-) -> tuple[TrainState, int]:
-    """Train until update number `steps`, or until the process is asked to stop.
+) -> Ended:
+    """Train until update number `steps`, an evaluation that reaches the goal, or until the process is asked to stop.
+    The state is saved then.
 
     Args:
         state: after `start` updates; consumed.
         batches: stands at the batch of update `start + 1`.
         evaluate: parameters to metrics; called every `eval_every` updates and after the last one.
+        goal: a name among the metrics of `evaluate` and a value; a run ends early once an evaluation has at least that.
         profile_steps: first and last update to trace into `profile_directory`.
 
-    Returns:
-        The state and how many updates it has seen; fewer than `steps` if the run was asked to stop. It is
-        saved.
-
     Raises:
+        InputError: the evaluation reports nothing of the goal's name.
         NonFiniteError: from the first step whose loss, gradient or update is not finite.
     """
     limit = 0 if must_take_turns(mesh.devices.flat) else STEPS_IN_FLIGHT
@@ -73,9 +83,20 @@ def training_loop(
         for done in in_flight.drain():
             report.step(done.step, done.metrics)
 
-    step = start
+    def reaches_goal(metrics):
+        if goal is None:
+            return False
+        name, value = goal
+        if name not in metrics:
+            raise InputError(f"train.goal is {goal}, but the evaluation has no {name!r}: {nearest(name, metrics)}")
+        return metrics[name] >= value
+
+    if goal is not None and start and eval_every and start % eval_every == 0 and reaches_goal(evaluate(state.params)):
+        # The program was killed between the last save and the run's end.
+        return Ended(state, start, True)
+    step, last = start, start >= steps
     with StopRequest() as stop:
-        while step < steps:
+        while not last:
             step += 1
             profiler.before(step, look_at_everything)
             data_position = batches.get_state()
@@ -98,8 +119,11 @@ def training_loop(
                 look_at_everything()
             if evaluation_due:
                 report.store()
-                report.evaluation(step, evaluate(state.params))
+                metrics = evaluate(state.params)
+                report.evaluation(step, metrics)
                 report.restart_clock()
+                if reaches_goal(metrics):
+                    last = save_due = True
             if save_due:
                 report.store()
             if checkpointer.save(step, state, batches, final=last or stopping):
@@ -108,7 +132,7 @@ def training_loop(
                 break
         profiler.end()
         checkpointer.wait()
-    return state, step
+    return Ended(state, step, last)
 
 
 class _Profiler:

@@ -191,6 +191,32 @@ def test_a_profile_is_written_for_the_steps_asked_for(tmp_path):
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_run_ends_at_its_goal(tmp_path):
+    # Every evaluation has an accuracy of at least 0.
+    job = make_job(goal=("accuracy", 0.0))
+    assert run_job(job, tmp_path / "run") == EXIT_DONE
+    assert list_steps(tmp_path / "run" / "checkpoints")[-1] == 3
+    rows, done = (tmp_path / "run" / "metrics.jsonl").read_bytes(), (tmp_path / "run" / "DONE").read_bytes()
+    assert json.loads(done)["step"] == 3 and "eval/accuracy" in json.loads(done)["metrics"]
+    # Killed between its last save and its end it does not go on beyond the goal.
+    (tmp_path / "run" / "DONE").unlink()
+    assert run_job(job, tmp_path / "run") == EXIT_DONE
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == rows
+    assert (tmp_path / "run" / "DONE").read_bytes() == done
+
+
+def test_a_goal_out_of_reach_changes_nothing(tmp_path, undisturbed):
+    assert run_job(make_job(goal=("accuracy", 1.1)), tmp_path / "run") == EXIT_DONE
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_goal_that_nothing_reports_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no .acuracy.*accuracy"):
+        run_job(make_job(goal=("acuracy", 0.5)), tmp_path / "run")
+    with pytest.raises(InputError, match=r"without train\.eval_every"):
+        make_job(goal=("accuracy", 0.5), eval_every=None)
+
+
 # Nothing waits
 
 
