@@ -2,7 +2,7 @@
 
 import dataclasses
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,15 @@ class Statement(NamedTuple):
     selector: str
     parameter: str  # empty in the definition of a macro
     value: Any
+
+
+class Text(NamedTuple):
+    """Statements that stand in no file by themselves. `place`: what errors call it; `file`: the one
+    beside which it looks for what it includes."""
+
+    place: str
+    text: str
+    file: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +66,30 @@ class Names(config_parser.ParserDelegate):
 
 def read_file(path: Path, names: Names, including: tuple[Path, ...] = ()) -> list[Statement]:
     """The statements of a file, with those of an included file in the place of its include."""
-    statements = []
     chain = (*including, path)
-    for place, parsed in _read_text(_file_text(path), str(path), names):
-        if isinstance(parsed, config_parser.BindingStatement):
-            statements.append(Statement(place, *parsed[:4]))
-        elif isinstance(parsed, config_parser.IncludeStatement):
-            included = _find_included(parsed.filename, path, place)
+    return _statements(_read_text(_file_text(path), str(path), names), path, names, chain)
+
+
+def read_text(text: Text, names: Names) -> list[Statement]:
+    """The statements of a text, with those of the files that it includes."""
+    parsed = ((text.place, statement) for _, statement in _read_text(text.text, text.place, names))
+    return _statements(parsed, text.file, names, (text.file,))
+
+
+def _statements(
+    parsed: Iterable[tuple[str, Any]], path: Path, names: Names, chain: tuple[Path, ...]
+) -> list[Statement]:
+    """path: of the file that they stand in. chain: files of which each includes the next, down to this one."""
+    statements = []
+    for place, statement in parsed:
+        if isinstance(statement, config_parser.BindingStatement):
+            statements.append(Statement(place, *statement[:4]))
+        elif isinstance(statement, config_parser.IncludeStatement):
+            included = _find_included(statement.filename, path, place)
             if included.resolve() in [file.resolve() for file in chain]:
                 raise InputError(f"{place}: include cycle: {' -> '.join(map(str, (*chain, included)))}")
             statements += read_file(included, names, chain)
-        elif isinstance(parsed, config_parser.ImportStatement):
+        elif isinstance(statement, config_parser.ImportStatement):
             raise InputError(f"{place}: 'import' has no use here: constructors are registered in Python")
     return statements
 

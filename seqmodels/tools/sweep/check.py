@@ -1,0 +1,136 @@
+"""What is wrong with a sweep's points, found before any of them runs: each is built in shapes, on the CPU.
+
+Many points differ in what no model and no data depends on, as the learning rate or the seed. Of those only the first is
+traced; of the others everything else is looked at.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmodels import config
+from seqmodels.config import Text
+from seqmodels.constructors import register_constructors
+from seqmodels.errors import InputError, nearest
+from seqmodels.tools.sweep.points import Point, Sweep
+from seqmodels.training import SGD, Adafactor, AdamW, Lion, TrainingJob, parameter_shapes
+
+_OPTIMIZERS = "|".join(x.__name__ for x in (AdamW, Lion, Adafactor, SGD))
+# Values of these neither change shapes nor what is constructed.
+_WITHOUT_SHAPE = re.compile(
+    rf"^((?:[\w/]*/)?(?:{_OPTIMIZERS})\.\w+|train\.(?:seed|steps|\w+_every|eval_batches|keep|z_loss)) = .*$",
+    re.MULTILINE,
+)
+
+
+class Resolved(NamedTuple):
+    """A point as it runs: its whole config, with nothing left to include, and its number of updates."""
+
+    text: str
+    steps: int
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+def check(
+    sweep: Sweep,
+    known: Mapping[str, tuple[str, int]],
+    progress: Callable[[str], None],
+    fits: Callable[[TrainingJob], None],
+) -> dict[str, Resolved]:
+    """The points as they run, by name.
+
+    Args:
+        known: fingerprint and steps of points that have been checked before, by name; those with the same config are
+            not built again.
+        progress: told the name of each point that has been looked at.
+        fits: raises `InputError` where a job does not fit the devices it is for.
+
+    Raises `InputError`: a line for each cause, which names its points.
+    """
+    register_constructors()
+    traced: dict[str, Any] = {}
+    resolved, wrong = {}, {}
+    for point in sweep.points:
+        try:
+            _parse(sweep, point)
+            text = config.config_text()
+            fingerprint, steps = known.get(point.name, ("", 0))
+            found = Resolved(text, steps)
+            if found.fingerprint != fingerprint:
+                found = Resolved(text, _build(sweep, text, traced, fits).steps)
+            resolved[point.name] = found
+        except InputError as error:
+            wrong.setdefault(str(error), []).append(point)
+        except Exception as error:  # of whatever library the model or the data uses
+            wrong.setdefault(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", []).append(point)
+        finally:
+            config.clear()
+        progress(point.name)
+    if wrong:
+        raise InputError("\n".join(_told(error, points, len(sweep.points)) for error, points in wrong.items()))
+    return resolved
+
+
+def _parse(sweep: Sweep, point: Point) -> None:
+    texts: Iterable[Text] = point.texts
+    config.parse([sweep.file], sweep.overrides, texts=texts, apart="sweep")
+
+
+def _build(sweep: Sweep, text: str, traced: dict[str, Any], fits: Callable[[TrainingJob], None]) -> TrainingJob:
+    """The job of the config that has been read, after everything of it has been made that needs no memory."""
+    job = TrainingJob()
+    fits(job)
+    kind = _WITHOUT_SHAPE.sub(r"\1", text)
+    if kind not in traced:
+        next(job.data.train_batches(job.batch_size, job.seq_len, job.seed, transforms=job.transforms))
+        traced[kind] = parameter_shapes(job.model, job.seq_len)
+        job.optimizer.build(traced[kind], job.steps)
+        config.check_all_used()
+    else:
+        job.optimizer.build(traced[kind], job.steps)
+    _check_metric(sweep, job)
+    return job
+
+
+def _check_metric(sweep: Sweep, job: TrainingJob) -> None:
+    """What an evaluation reports of this data, as far as that is known without one."""
+    data = job.data
+    names = {"loss", *(["accuracy"] if data.input_size is None else [])}
+    if data.tokenizer is not None:
+        names.add("bits_per_byte")
+    if sweep.metric in names or any(metric.reads_sown for metric in data.metrics):
+        return
+    shapes, vocab_size = data.batch_shapes(job.batch_size, job.seq_len), job.model.vocab_size
+    batch = {name: jax.ShapeDtypeStruct(shape, data.dtypes[name]) for name, shape in shapes.items()}
+    logits = jax.ShapeDtypeStruct((job.batch_size, job.seq_len, vocab_size), np.float32)
+    for metric in data.metrics:
+        sums = jax.eval_shape(lambda metric=metric: metric.sums(*_zeros((logits, batch)), {}))
+        names |= metric.values(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), sums)).keys()
+    if sweep.metric not in names:
+        raise InputError(f"{sweep.metric_place}: sweep.metric is {sweep.metric!r}; {nearest(sweep.metric, names)}")
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _told(error: str, points: list[Point], count: int) -> str:
+    if len(points) == count:
+        which = f"all {count} points" if count > 1 else points[0].name
+    else:
+        others = f" and {len(points) - 1} of the other points" if len(points) > 1 else ""
+        which = f"{points[0].name}{others}"
+    return f"{which}: {error}"
+
+
+def devices_of_this_machine(job: TrainingJob) -> None:
+    """Raise `InputError` where the job cannot be split over the CPU devices of this machine."""
+    job.check_fits(job.mesh.build(jax.devices("cpu")))
