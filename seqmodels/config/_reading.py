@@ -72,7 +72,7 @@ def read_file(path: Path, names: Names, including: tuple[Path, ...] = ()) -> lis
 
 def read_text(text: Text, names: Names) -> list[Statement]:
     """The statements of a text, with those of the files that it includes."""
-    parsed = ((text.place, statement) for _, statement in _read_text(text.text, text.place, names))
+    parsed = _read_text(text.text, text.place, names, numbered=False)
     return _statements(parsed, text.file, names, (text.file,))
 
 
@@ -96,7 +96,7 @@ def _statements(
 
 def read_override(text: str, names: Names) -> Statement:
     """The one binding of an override, `Name.parameter=value`."""
-    parsed = [statement for _, statement in _read_text(text, COMMAND_LINE, names)]
+    parsed = [statement for _, statement in _read_text(text, COMMAND_LINE, names, numbered=False)]
     if len(parsed) != 1 or not isinstance(parsed[0], config_parser.BindingStatement):
         raise InputError(
             f"{COMMAND_LINE}: expected one binding, such as --gin.train.steps=100, got --gin.{text}"
@@ -104,11 +104,11 @@ def read_override(text: str, names: Names) -> Statement:
     return Statement(COMMAND_LINE, *parsed[0][:4])
 
 
-def _read_text(text: str, source: str, names: Names) -> Iterator[tuple[str, Any]]:
-    """Places, each with what gin's parser found there."""
+def _read_text(text: str, source: str, names: Names, numbered: bool = True) -> Iterator[tuple[str, Any]]:
+    """Places, each with what gin's parser found there. numbered: whether places have the number of a line."""
 
     def place(line: int) -> str:
-        return source if source == COMMAND_LINE else f"{source}:{line}"
+        return f"{source}:{line}" if numbered else source
 
     try:
         for statement in config_parser.ConfigParser(text, names):

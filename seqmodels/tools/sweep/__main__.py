@@ -31,6 +31,7 @@ a sweep's file is a config with bindings of `sweep`, all of whose axes are multi
 examples:
   python -m seqmodels.tools.sweep my_sweep.gin --dry_run
   python -m seqmodels.tools.sweep my_sweep.gin --sweep_dir sweeps/mine --jobs 2
+  python -m seqmodels.tools.sweep my_sweep.gin --sweep_dir sweeps/mine --pod gcp/examples/v5e_256.toml
   python -m seqmodels.tools.sweep my_sweep.gin --sweep_dir sweeps/mine --only mixer=Based --gin.train.steps=100
 
 With --jobs N the points divide the CPU's cores: for small models, two processes of one core each are much faster than
@@ -65,6 +66,9 @@ def main(argv: list[str]) -> int:
         help="AXIS=VALUE, or a part of a name: run these points only; several must all hold",
     )
     parser.add_argument("--retry", action="store_true", help="try again what has failed before")
+    pods = parser.add_argument_group("points as jobs of their own on TPU pods, see gcp/README.md")
+    pods.add_argument("--pod", type=Path, metavar="JOB.toml", help="write a job file like this one for every point")
+    pods.add_argument("--up", action="store_true", help="send them; what is there already is left as it is")
     rest, overrides = config.split_overrides(argv)
     options = parser.parse_args(rest)
 

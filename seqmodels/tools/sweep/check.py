@@ -89,13 +89,14 @@ def _build(sweep: Sweep, text: str, traced: dict[str, Any], fits: Callable[[Trai
     job = TrainingJob()
     fits(job)
     kind = _WITHOUT_SHAPE.sub(r"\1", text)
-    if kind not in traced:
+    shapes = traced.get(kind)
+    if shapes is None:
         next(job.data.train_batches(job.batch_size, job.seq_len, job.seed, transforms=job.transforms))
-        traced[kind] = parameter_shapes(job.model, job.seq_len)
-        job.optimizer.build(traced[kind], job.steps)
+        shapes = parameter_shapes(job.model, job.seq_len)
+    job.optimizer.build(shapes, job.steps)
+    if kind not in traced:
         config.check_all_used()
-    else:
-        job.optimizer.build(traced[kind], job.steps)
+        traced[kind] = shapes
     _check_metric(sweep, job)
     return job
 
@@ -123,12 +124,9 @@ def _zeros(shapes: Any) -> Any:
 
 
 def _told(error: str, points: list[Point], count: int) -> str:
-    if len(points) == count:
-        which = f"all {count} points" if count > 1 else points[0].name
-    else:
-        others = f" and {len(points) - 1} of the other points" if len(points) > 1 else ""
-        which = f"{points[0].name}{others}"
-    return f"{which}: {error}"
+    others = len(points) - 1
+    rest = f" and {'all ' if others == count - 1 else ''}{others} other point{'s' * (others > 1)}" if others else ""
+    return f"{points[0].name}{rest}: {error}"
 
 
 def devices_of_this_machine(job: TrainingJob) -> None:

@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
@@ -30,12 +29,19 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise InputError(f"--jobs is {options.jobs}: expected at least 1")
     if options.sweep_dir is None and not options.dry_run:
         raise InputError("--sweep_dir is missing: expected the folder that the points go to")
+    if options.up and options.pod is None:
+        raise InputError("--up is given without --pod: expected the job file that those of the points are made from")
     sweep = read_sweep(options.file, overrides)
     chosen = choose(sweep, options.only)
     folder = None if options.sweep_dir is None else SweepFolder(options.sweep_dir)
     if options.dry_run:
         list_points(chosen, folder)
-    resolved = _check(sweep, folder)
+    resolved = _check(sweep, folder, on_this_machine=options.pod is None)
+    jobs = []
+    if options.pod is not None:
+        from seqmodels.tools.sweep import pods
+
+        jobs = pods.pod_jobs(options.pod, sweep, chosen)
     if options.dry_run:
         print(f"{len(chosen)} of {len(sweep.points)} points; nothing is wrong with them; nothing was run")
         return EXIT_DONE
@@ -43,11 +49,15 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         gone = folder.write(sweep, resolved)
         if gone:
             print(f"no longer in {sweep.file}, left as they are: {', '.join(gone)}")
+        if jobs:
+            pods.write_jobs(jobs, sweep, folder)
+            return pods.send_jobs(jobs, folder) if options.up else EXIT_DONE
         return _run(sweep, [(folder.point(x.name), resolved[x.name].steps) for x in chosen], options)
 
 
-def _check(sweep: Sweep, folder: SweepFolder | None) -> dict[str, Resolved]:
-    fits = (lambda job: None) if has_accelerators() else devices_of_this_machine
+def _check(sweep: Sweep, folder: SweepFolder | None, *, on_this_machine: bool) -> dict[str, Resolved]:
+    on_cpu = on_this_machine and not has_accelerators()
+    fits = devices_of_this_machine if on_cpu else lambda job: None
     shape = "checking {n_fmt}/{total_fmt} points [{elapsed}<{remaining}]"
     with tqdm(total=len(sweep.points), bar_format=shape, leave=False, disable=not sys.stderr.isatty()) as bar:
         resolved = check(sweep, folder.checked() if folder else {}, lambda name: bar.update(), fits)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from seqmodels import config
 from seqmodels.errors import InputError
 from seqmodels.files import TEMPORARY, in_bucket, told, write_file
 from seqmodels.tools.sweep.check import Resolved
@@ -145,12 +146,21 @@ class SweepFolder:
             )
         if known and not {point["name"] for point in known} & resolved.keys():
             raise InputError(
-                f"{self.path} is the folder of another sweep, {self._record()['sweep']}: none of its {len(known)} points "
-                f"is one of {sweep.file}; name another folder"
+                f"{self.path} is the folder of another sweep, {self._record()['sweep']}: none of its {len(known)} "
+                f"points is one of {sweep.file}; name another folder"
             )
+        changed = {}
         for name, point in resolved.items():
-            if self.point(name).started:
-                RunDirectory(self.path / name, writer=False).check(point.text)
+            folder = self.point(name)
+            if folder.started and (difference := config.diff(_text_of(folder.config) or "", point.text)):
+                changed[name] = difference
+        if changed:
+            name, difference = next(iter(changed.items()))
+            others = f" (as has the config of {len(changed) - 1} others)" if len(changed) > 1 else ""
+            raise InputError(
+                f"{self.path / name} has begun with another config{others}; undo the change, or move the folder away "
+                f"to run it anew (- begun with, + now):\n{difference}"
+            )
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -163,8 +173,10 @@ class SweepFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
+                owner = lock.read().strip() or "unknown"
                 raise InputError(
-                    f"{self.path} is in use by another sweep, process {lock.read().strip() or 'unknown'}; wait for it or stop it"
+                    f"{self.path} is in use by process {owner} on this machine; wait for it, stop it, or name another "
+                    "folder"
                 ) from None
             lock.truncate(0)
             lock.write(f"{os.getpid()}\n")
@@ -172,8 +184,8 @@ class SweepFolder:
             yield
 
     def write(self, sweep: Sweep, resolved: Mapping[str, Resolved]) -> list[str]:
-        """Write sweep.json and, for every point, what it is and its config. Points of before that the sweep does not have
-        stay as they are; returns their names."""
+        """Write sweep.json and, for every point, what it is and its config. Points that the sweep's file had once stay
+        as they are; returns their names."""
         now = [
             {
                 "name": point.name,

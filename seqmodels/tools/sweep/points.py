@@ -27,7 +27,7 @@ class Axis(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One run. texts: what it says beyond the sweep's base, in the order in which a later statement beats an earlier."""
+    """One run. texts: what it says beyond the sweep's base; a later one beats an earlier one."""
 
     name: str
     axes: dict[str, Label]
@@ -59,9 +59,9 @@ class Sweep(NamedTuple):
 
 def sweep(
     *,
-    list: Mapping[str, Mapping[str, Sequence[str]]] = {},  # noqa: B006 -- a config shows them; none is changed
-    zip: Mapping[str, Mapping[str, Sequence[Any]]] = {},  # noqa: B006
-    product: Mapping[str, Sequence[Any]] = {},  # noqa: B006
+    list: Mapping[str, Mapping[str, Sequence[str]]] = {},
+    zip: Mapping[str, Mapping[str, Sequence[Any]]] = {},
+    product: Mapping[str, Sequence[Any]] = {},
     overrides: Sequence[tuple[Mapping[str, Any], Sequence[str]]] = (),
     evaluate: Sequence[str] = (),
     metric: str = "accuracy",
@@ -119,9 +119,7 @@ def _axes(bound: Mapping[str, Bound], file: Path) -> list[Axis]:
             if not options:
                 raise InputError(f"{place}: sweep.{setting}[{key!r}] is empty: expected at least one value")
             texts = {
-                label: tuple(
-                    Text(f"{place} (sweep.{setting}, {names[key]} = {label})", text, file) for text in statements
-                )
+                label: tuple(Text(f"{place} (sweep.{setting}[{key!r}])", text, file) for text in statements)
                 for label, statements in options.items()
             }
             if names[key] in [axis.name for axis in axes]:
