@@ -21,9 +21,10 @@ from seqmodels.tools.sweep.points import Point, Sweep
 from seqmodels.training import SGD, Adafactor, AdamW, Lion, TrainingJob, parameter_shapes
 
 _OPTIMIZERS = "|".join(x.__name__ for x in (AdamW, Lion, Adafactor, SGD))
-# Values of these neither change shapes nor what is constructed.
+# Values of these change neither shapes nor what is constructed, nor whether the data can be read.
 _WITHOUT_SHAPE = re.compile(
-    rf"^((?:[\w/]*/)?(?:{_OPTIMIZERS})\.\w+|train\.(?:seed|steps|\w+_every|eval_batches|keep|z_loss)) = .*$",
+    rf"^((?:[\w/]*/)?(?:{_OPTIMIZERS})\.\w+|train\.(?:steps|\w+_every|eval_batches|keep|z_loss)) = .*$"
+    r"|^(train\.seed) = \d{1,9}$",
     re.MULTILINE,
 )
 
@@ -51,7 +52,7 @@ def check(
         known: fingerprint and steps of points that have been checked before, by name; those with the same config are
             not built again.
         progress: told the name of each point that has been looked at.
-        fits: raises `InputError` where a job does not fit the devices it is for.
+        fits: raises `InputError` where a job does not fit the machine that it is for.
 
     Raises `InputError`: a line for each cause, which names its points.
     """
@@ -87,11 +88,10 @@ def _parse(sweep: Sweep, point: Point) -> None:
 def _build(sweep: Sweep, text: str, traced: dict[str, Any], fits: Callable[[TrainingJob], None]) -> TrainingJob:
     """The job of the config that has been read, after everything of it has been made that needs no memory."""
     job = TrainingJob()
-    fits(job)
-    kind = _WITHOUT_SHAPE.sub(r"\1", text)
+    kind = _WITHOUT_SHAPE.sub(r"\1\2", text)
     shapes = traced.get(kind)
     if shapes is None:
-        next(job.data.train_batches(job.batch_size, job.seq_len, job.seed, transforms=job.transforms))
+        fits(job)
         shapes = parameter_shapes(job.model, job.seq_len)
     job.optimizer.build(shapes, job.steps)
     if kind not in traced:
@@ -129,6 +129,12 @@ def _told(error: str, points: list[Point], count: int) -> str:
     return f"{points[0].name}{rest}: {error}"
 
 
-def devices_of_this_machine(job: TrainingJob) -> None:
-    """Raise `InputError` where the job cannot be split over the CPU devices of this machine."""
+def fits_here(job: TrainingJob) -> None:
+    """Raise `InputError` where this machine cannot read the job's data, or split its batches over the CPU's devices."""
     job.check_fits(job.mesh.build(jax.devices("cpu")))
+    reads_here(job)
+
+
+def reads_here(job: TrainingJob) -> None:
+    """Raise `InputError` where this machine cannot read the job's data."""
+    next(job.data.train_batches(job.batch_size, job.seq_len, job.seed, transforms=job.transforms))

@@ -3,18 +3,19 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from tqdm import tqdm
 
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, InputError, nearest
 from seqmodels.start_up import has_nvidia_driver, has_tpu_chips
-from seqmodels.tools.sweep.check import Resolved, check, devices_of_this_machine
+from seqmodels.tools.sweep.check import Resolved, check, fits_here, reads_here
 from seqmodels.tools.sweep.folder import PointFolder, SweepFolder
 from seqmodels.tools.sweep.points import Point, Sweep, read_sweep
 from seqmodels.tools.sweep.progress import Progress
 from seqmodels.tools.sweep.run import ROOT, failures, programs_left, run_points
+from seqmodels.training import TrainingJob
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -36,11 +37,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     folder = None if options.sweep_dir is None else SweepFolder(options.sweep_dir)
     if options.dry_run:
         list_points(chosen, folder)
-    resolved = _check(sweep, folder, on_this_machine=options.pod is None)
     jobs = []
-    if options.pod is not None:
+    if options.pod is None:
+        resolved = _check(sweep, folder, reads_here if has_accelerators() else fits_here)
+    else:
         from seqmodels.tools.sweep import pods
 
+        resolved = _check(sweep, folder, pods.fits(options.pod))
         jobs = pods.pod_jobs(options.pod, sweep, chosen)
     if options.dry_run:
         print(f"{len(chosen)} of {len(sweep.points)} points; nothing is wrong with them; nothing was run")
@@ -55,9 +58,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _run(sweep, [(folder.point(x.name), resolved[x.name].steps) for x in chosen], options)
 
 
-def _check(sweep: Sweep, folder: SweepFolder | None, *, on_this_machine: bool) -> dict[str, Resolved]:
-    on_cpu = on_this_machine and not has_accelerators()
-    fits = devices_of_this_machine if on_cpu else lambda job: None
+def _check(sweep: Sweep, folder: SweepFolder | None, fits: Callable[[TrainingJob], None]) -> dict[str, Resolved]:
     shape = "checking {n_fmt}/{total_fmt} points [{elapsed}<{remaining}]"
     with tqdm(total=len(sweep.points), bar_format=shape, leave=False, disable=not sys.stderr.isatty()) as bar:
         resolved = check(sweep, folder.checked() if folder else {}, lambda name: bar.update(), fits)

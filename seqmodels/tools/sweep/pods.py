@@ -5,9 +5,11 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jax.sharding import AbstractMesh, AxisType
 
 from gcp.job import LONGEST_NAME, Job, make_job, read_job
 from gcp.plan import cost
@@ -17,9 +19,11 @@ from gcp.submit import up
 from seqmodels import config
 from seqmodels.errors import EXIT_DONE, InputError
 from seqmodels.files import told, write_file
+from seqmodels.parallel.mesh import mesh_sizes
 from seqmodels.tools.sweep.folder import SweepFolder
 from seqmodels.tools.sweep.points import Point, Sweep
 from seqmodels.tools.sweep.run import ROOT
+from seqmodels.training import TrainingJob
 from seqmodels.training.run_directory import POINT
 
 
@@ -29,6 +33,19 @@ class PodJob(NamedTuple):
     point: Point
     job: Job
     text: str
+
+
+def fits(template: Path) -> Callable[[TrainingJob], None]:
+    """Raises `InputError` where a job cannot be split over the template's slices."""
+    pod = read_job(template)
+
+    def fit(job: TrainingJob) -> None:
+        axes = {name: getattr(job.mesh, name) for name in ("data", "fsdp", "seq", "tensor")}
+        sizes = mesh_sizes(pod.slices * pod.slice.devices, **axes, slices=pod.slices)
+        types = (AxisType.Auto,) * len(sizes)
+        job.check_fits(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types))
+
+    return fit
 
 
 def pod_jobs(template: Path, sweep: Sweep, points: Sequence[Point]) -> list[PodJob]:

@@ -185,7 +185,7 @@ class _Running:
     def _ended_with(self, code: int) -> str:
         asked = self._signal is not None
         if code == EXIT_RESTART or (asked and code in (-signal.SIGTERM, -signal.SIGKILL)):
-            self.reason = "stopped" if asked else f"{self._program.name} ended with {code}: to be started again"
+            self.reason = "" if asked else f"{self._program.name} ended with {code}: to be started again"
             return "stopped"
         self.reason = f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         return self._fail(code)
