@@ -4,8 +4,11 @@ Many points differ in what no model and no data depends on, as the learning rate
 traced; of the others everything else is looked at.
 """
 
+import contextlib
 import hashlib
+import io
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -123,15 +126,37 @@ def _zeros(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
+def check_evaluations(sweep: Sweep) -> None:
+    """Raise `InputError` where tools.evaluate would refuse the arguments of an evaluation."""
+    if not sweep.evaluate:
+        return
+    from seqmodels.tools.evaluate.command import read_arguments
+
+    for text in sweep.evaluate:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                read_arguments(["RUN", "--suite", *shlex.split(text)])
+            continue
+        except InputError as error:
+            reason = str(error)
+        except SystemExit:  # of argparse, which has printed why
+            reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        raise InputError(f"{sweep.evaluate_place}: sweep.evaluate has {text!r}: {reason}")
+
+
 def _told(error: str, points: list[Point], count: int) -> str:
     others = len(points) - 1
-    rest = f" and {'all ' if others == count - 1 else ''}{others} other point{'s' * (others > 1)}" if others else ""
+    if others == count - 1:
+        rest = {0: "", 1: " and the other point"}.get(others, f" and the {others} other points")
+    else:
+        rest = f" and {others} more of {count} points" if others else ""
     return f"{points[0].name}{rest}: {error}"
 
 
 def fits_here(job: TrainingJob) -> None:
     """Raise `InputError` where this machine cannot read the job's data, or split its batches over the CPU's devices."""
-    job.check_fits(job.mesh.build(jax.devices("cpu")))
+    job.check_fits(job.mesh.build())
     reads_here(job)
 
 

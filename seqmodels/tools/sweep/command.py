@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, InputError, nearest
 from seqmodels.start_up import has_nvidia_driver, has_tpu_chips
-from seqmodels.tools.sweep.check import Resolved, check, fits_here, reads_here
+from seqmodels.tools.sweep.check import Resolved, check, check_evaluations, fits_here, reads_here
 from seqmodels.tools.sweep.folder import PointFolder, SweepFolder
 from seqmodels.tools.sweep.points import Point, Sweep, read_sweep
 from seqmodels.tools.sweep.progress import Progress
@@ -37,6 +37,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     folder = None if options.sweep_dir is None else SweepFolder(options.sweep_dir)
     if options.dry_run:
         list_points(chosen, folder)
+    check_evaluations(sweep)
     jobs = []
     if options.pod is None:
         resolved = _check(sweep, folder, reads_here if has_accelerators() else fits_here)

@@ -12,11 +12,11 @@ from seqmodels import config
 from seqmodels.errors import InputError
 from seqmodels.files import TEMPORARY, in_bucket, told, write_file
 from seqmodels.tools.sweep.check import Resolved
-from seqmodels.tools.sweep.points import Sweep
+from seqmodels.tools.sweep.points import Sweep, result_of
 from seqmodels.training.run_directory import POINT, RunDirectory
 
 _LOCK, _SWEEP, _FAILED = ".lock", "sweep.json", "FAILED"
-_EVALUATIONS, _EVALUATED = "evaluations", "evaluated.json"
+_EVALUATIONS, _EVALUATED = "evaluations", "evaluated.json"  # the second is no result
 _TAIL = 8192
 
 
@@ -73,22 +73,22 @@ class PointFolder:
 
     def is_evaluated(self, evaluation: str) -> bool:
         """Whether the finished run has the result of this evaluation: of its last step, with these arguments."""
-        suite = evaluation.split()[0]
+        name = result_of(evaluation)
         try:
-            result = json.loads((self.path / _EVALUATIONS / f"{suite}.json").read_text())
+            result = json.loads((self.path / _EVALUATIONS / f"{name}.json").read_text())
         except (OSError, ValueError):
             return False
         done = self.finished
         return (
             done is not None
             and result.get("step") == done["step"]
-            and (self._evaluated().get(suite, evaluation) == evaluation)
+            and (self._evaluated().get(name, evaluation) == evaluation)
         )
 
     def note_evaluation(self, evaluation: str) -> None:
-        """That the result of the suite is that of these arguments."""
+        """That the result is that of these arguments."""
         (self.path / _EVALUATIONS).mkdir(exist_ok=True)
-        noted = self._evaluated() | {evaluation.split()[0]: evaluation}
+        noted = self._evaluated() | {result_of(evaluation): evaluation}
         write_file(self.path / _EVALUATIONS / _EVALUATED, json.dumps(noted, indent=1) + "\n")
 
     def _evaluated(self) -> dict[str, str]:

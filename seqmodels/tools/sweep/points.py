@@ -1,9 +1,11 @@
 """From a sweep's file to its points: the axes that it binds, multiplied, each point with its own bindings."""
 
+import argparse
 import collections
 import hashlib
 import itertools
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +50,7 @@ class Sweep(NamedTuple):
     axes: list[Axis]
     points: list[Point]
     evaluate: list[str]
+    evaluate_place: str
     metric: str
     metric_place: str
     best_of: list[str]
@@ -102,6 +105,7 @@ def read_sweep(file: Path, overrides: Sequence[str] = ()) -> Sweep:
         axes=axes,
         points=_points(axes, _conditions(bound, axes, file), file),
         evaluate=_evaluations(bound),
+        evaluate_place=bound["evaluate"].place if "evaluate" in bound else str(file),
         metric=metric.value or "accuracy",
         metric_place=metric.place,
         best_of=[*best_of.value],
@@ -215,15 +219,25 @@ def _check_axis(name: str, axes: list[Axis], place: str) -> Axis:
 
 def _evaluations(bound: Mapping[str, Bound]) -> list[str]:
     place, evaluations = bound.get("evaluate", Bound("", ()))
-    suites = [text.split()[0] if text.split() else "" for text in evaluations]
-    for suite in suites:
-        if not suite:
-            raise InputError(
-                f"{place}: sweep.evaluate has an empty text: expected the name of a suite, and its arguments"
-            )
-        if suites.count(suite) > 1:
-            raise InputError(f"{place}: sweep.evaluate has the suite {suite!r} twice: a run holds one result of each")
+    names = []
+    for text in evaluations:
+        try:
+            names.append(result_of(text))
+        except ValueError:
+            wanted = "the name of a suite, and its options"
+            raise InputError(f"{place}: sweep.evaluate has {text!r}: expected {wanted}") from None
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{place}: sweep.evaluate has two results {twice[0]!r}: give one of them another, by --name")
     return [*evaluations]
+
+
+def result_of(evaluation: str) -> str:
+    """The name of the result that an evaluation of these arguments writes: its suite's, or what --name says."""
+    suite, *options = shlex.split(evaluation)
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--name", default=suite)
+    return named.parse_known_args(options)[0].name
 
 
 def _points(axes: list[Axis], conditions: Sequence[tuple[dict[str, list], list[Text]]], file: Path) -> list[Point]:

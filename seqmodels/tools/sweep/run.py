@@ -15,6 +15,7 @@ from typing import NamedTuple
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART
 from seqmodels.tools.sweep import child
 from seqmodels.tools.sweep.folder import PointFolder
+from seqmodels.tools.sweep.points import result_of
 from seqmodels.tools.sweep.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -41,7 +42,7 @@ def programs_left(folder: PointFolder, evaluations: Sequence[str]) -> list[Progr
     for evaluation in evaluations:
         if not folder.is_evaluated(evaluation):
             command = ["-m", "seqmodels.tools.evaluate", str(folder.path), "--suite", *shlex.split(evaluation)]
-            found.append(Program(f"evaluate {evaluation.split()[0]}", command, evaluation))
+            found.append(Program(f"evaluate {result_of(evaluation)}", command, evaluation))
     return found
 
 
@@ -206,10 +207,15 @@ class _Running:
 
 
 def _telling(lines: list[str]) -> list[str]:
-    """The last of a program's lines: from its `error:` on, where it has said one."""
-    last = lines[-_LAST_LINES:]
-    starts = [number for number, line in enumerate(last) if line.startswith("error: ")]
-    return last[starts[-1] :] if starts else last
+    """The end of what a program has said, the error first where it has told one."""
+    told = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    raised = [number for number, line in enumerate(lines) if line.startswith("Traceback ")]
+    if told:
+        return lines[told[-1] :][:_LAST_LINES]
+    if raised:
+        after = range(raised[-1] + 1, len(lines))
+        return lines[next((number for number in after if not lines[number][:1].isspace()), -1) :][:_LAST_LINES]
+    return lines[-1:]
 
 
 def _shares(jobs: int) -> list[list[int]]:
