@@ -126,13 +126,13 @@ def test_a_macro_and_a_constructor_can_be_varied(sweep_of):
     text = BASE + "include 'configs/mixers/retention.gin'\nRetention.num_heads = 2\n"
     sweep = sweep_of(f"{text}sweep.product = {{'WIDTH': [16, 32], 'train.optimizer': [@AdamW(), @SGD()]}}\n")
     assert sweep.points[0].axes == {"WIDTH": 16, "optimizer": "@AdamW()"}
-    assert [point.name for point in sweep.points][1] == "16-_SGD_"
-    with pytest.raises(InputError, match=r"AdamW\.warmup_steps has no effect: this job never calls AdamW"):
+    assert [point.name for point in sweep.points][1] == "16-SGD"
+    with pytest.raises(InputError, match="16-SGD and 1 more of 4 points: SGD: warmup_steps is 100"):
         resolve(sweep)
     sweep.file.write_text(
         sweep.file.read_text().replace("AdamW.warmup_steps = 1\n", "").replace("steps = 8", "steps = 200")
     )
-    text = resolve(sweep)["32-_SGD_"].text
+    text = resolve(sweep)["32-SGD"].text
     assert {"LanguageModel.d_model = 32", "train.optimizer = @SGD()"} < lines(text)
 
 
@@ -153,14 +153,14 @@ def test_what_a_point_runs_reads_as_itself(sweep_of, tmp_path):
 @pytest.mark.parametrize(
     ("product", "names"),
     [
-        ("{'TextData.paths': ['/data/a b', '/data/c']}", ["_data_a_b", "_data_c"]),
-        ("{'LanguageModel.pattern': [('based',), ('rglru', 'based')]}", ["_based_", "_rglru_based_"]),
+        ("{'TextData.paths': ['/data/a b', '/data/c']}", ["data_a_b", "data_c"]),
+        ("{'LanguageModel.pattern': [('based',), ('rglru', 'based')]}", ["based", "rglru,based"]),
         ("{'AdamW.learning_rate': [1e-5, 3], 'SGD.learning_rate': [None]}", ["1e-05-None", "3-None"]),
     ],
 )
 def test_names_are_fit_for_files(sweep_of, product, names):
     sweep = sweep_of(f"sweep.product = {product}")
-    assert [re.sub("_+", "_", point.name) for point in sweep.points] == names
+    assert [point.name for point in sweep.points] == names
 
 
 def test_parameters_of_one_name_are_axes_of_two(sweep_of):
@@ -176,7 +176,7 @@ def test_long_names_are_cut_and_stay_different(sweep_of):
 
 def test_a_zipped_option_is_named_by_all_of_its_values_where_the_first_comes_twice(sweep_of):
     sweep = sweep_of("sweep.zip = {'task': {'train.seq_len': [64, 64], 'MQAR.num_kv_pairs': [4, 8]}}")
-    assert sweep.order == {"task": ["64, 4", "64, 8"]} and sweep.points[0].name == "64_4"
+    assert sweep.order == {"task": ["64, 4", "64, 8"]} and sweep.points[0].name == "64,4"
 
 
 @pytest.mark.parametrize(

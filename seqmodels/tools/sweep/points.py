@@ -265,7 +265,8 @@ def _place(point: Point) -> str:
 
 
 def _file_name(labels: Sequence[Label]) -> str:
-    text = re.sub(r"[^\w.+=,-]+", "_", "-".join(map(str, labels)), flags=re.ASCII).lstrip(".-") or "_"
+    plain = [re.sub(r"""['"@%()\[\]{}]""", "", str(label)).replace(", ", ",").strip(" ,") for label in labels]
+    text = re.sub(r"[^\w.+=,-]+", "_", "-".join(plain), flags=re.ASCII).lstrip("._") or "_"
     if len(text) <= LONGEST_NAME:
         return text
     return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
