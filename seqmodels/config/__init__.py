@@ -35,7 +35,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from seqmodels.config._constructors import (
     CONSTANTS,
@@ -59,8 +59,10 @@ from seqmodels.config._reading import (
     Names,
     Reference,
     Statement,
+    Text,
     read_file,
     read_override,
+    read_text,
 )
 from seqmodels.config._text import groups_text, scoped, value_text
 from seqmodels.config._types import accepts, describe, produced
@@ -68,6 +70,8 @@ from seqmodels.errors import InputError, nearest
 
 __all__ = [
     "CONSTANTS",
+    "Bound",
+    "Text",
     "add_arguments",
     "check_all_used",
     "clear",
@@ -76,9 +80,21 @@ __all__ = [
     "fields_text",
     "operative_config",
     "parse",
+    "read_apart",
     "register",
     "split_overrides",
+    "value_text",
 ]
+
+# What a config file may bind and train.py has no use for: name -> what to do with such a file.
+_PROGRAMS = {"sweep": "the file is a sweep of many runs, which `python -m seqmodels.tools.sweep FILE` runs"}
+
+
+class Bound(NamedTuple):
+    """What a config binds to a parameter, nothing of it called. `place` is where it stands: `configs/x.gin:12`."""
+
+    place: str
+    value: Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,12 +134,20 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def parse(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> None:
+def parse(
+    files: Iterable[str | Path],
+    overrides: Iterable[str] = (),
+    *,
+    texts: Iterable[Text] = (),
+    apart: str | None = None,
+) -> None:
     """Read a config. It replaces the one read before, which stays when this one is wrong.
 
     Args:
         files: gin files; a later one beats an earlier one.
-        overrides: bindings such as `train.steps=100`, from `split_overrides`; they beat the files.
+        overrides: bindings such as `train.steps=100`, from `split_overrides`; they beat the files and texts.
+        texts: statements that come behind the files, and beat them.
+        apart: a registered name whose bindings are left out, because `read_apart` reads them.
 
     Raises:
         InputError: one line, with file and line number: a missing file, a syntax error, a name that does
@@ -131,17 +155,19 @@ def parse(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> None:
             nothing refers to.
     """
     names = Names()
-    statements = [statement for file in files for statement in read_file(Path(file), names)]
-    statements += [read_override(text, names) for text in overrides]
+    statements = _read(files, overrides, names, texts)
+    left_out = find(apart, "parse").selector if apart else None
 
-    macros: dict[str, Statement] = {}
+    macros = _macros(statements)
     groups: dict[Group, dict[str, Statement]] = collections.defaultdict(dict)
     for statement in statements:
         if statement.parameter:
+            if apart is None and statement.selector in _PROGRAMS:
+                raise InputError(f"{statement.place}: {_PROGRAMS[statement.selector]}")
             selector = _find_parameter(statement).selector
+            if selector == left_out:
+                continue
             groups[statement.scope, selector][statement.parameter] = statement._replace(selector=selector)
-        else:
-            macros[scoped(statement.scope, statement.selector)] = statement
     for name, macro in macros.items():
         _check_macro(name, macro.place, names.macros)
 
@@ -152,6 +178,26 @@ def parse(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> None:
             group[parameter] = statement._replace(value=value)
     clear()
     bindings.update(groups)
+
+
+def read_apart(files: Iterable[str | Path], name: str, overrides: Iterable[str] = ()) -> dict[str, Bound]:
+    """What a config binds to the parameters of one constructor, with macros replaced by their values and types checked;
+    `value_text` writes a part of it as gin text. The rest of the config is read, and not looked at.
+
+    Raises:
+        InputError: as `parse` does.
+    """
+    statements = _read(files, overrides, Names())
+    macros, wanted = _macros(statements), find(name, "read_apart").selector
+    found = {}
+    for statement in statements:
+        if not statement.parameter or statement.selector not in (name, wanted):
+            continue
+        statement = statement._replace(selector=_find_parameter(statement).selector)
+        value = _resolve(statement.value, statement.place, macros)
+        _check_type(statement, value)
+        found[statement.parameter] = Bound(statement.place, value)
+    return found
 
 
 def clear() -> None:
@@ -207,6 +253,18 @@ def diff(old: str, new: str) -> str:
     changes = [(line, "-") for line in before - after] + [(line, "+") for line in after - before]
     changes.sort(key=lambda change: (change[0].partition(" = ")[0], change[1] == "+"))
     return "\n".join(f"{sign} {line}" for line, sign in changes)
+
+
+def _read(
+    files: Iterable[str | Path], overrides: Iterable[str], names: Names, texts: Iterable[Text] = ()
+) -> list[Statement]:
+    statements = [statement for file in files for statement in read_file(Path(file), names)]
+    statements += [statement for text in texts for statement in read_text(text, names)]
+    return statements + [read_override(text, names) for text in overrides]
+
+
+def _macros(statements: Iterable[Statement]) -> dict[str, Statement]:
+    return {scoped(x.scope, x.selector): x for x in statements if not x.parameter}
 
 
 def _find_parameter(statement: Statement) -> Constructor:

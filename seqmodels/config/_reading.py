@@ -2,7 +2,7 @@
 
 import dataclasses
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,15 @@ class Statement(NamedTuple):
     selector: str
     parameter: str  # empty in the definition of a macro
     value: Any
+
+
+class Text(NamedTuple):
+    """Statements that stand in no file by themselves. `place`: what errors call it; `file`: the one
+    beside which it looks for what it includes."""
+
+    place: str
+    text: str
+    file: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +66,37 @@ class Names(config_parser.ParserDelegate):
 
 def read_file(path: Path, names: Names, including: tuple[Path, ...] = ()) -> list[Statement]:
     """The statements of a file, with those of an included file in the place of its include."""
-    statements = []
     chain = (*including, path)
-    for place, parsed in _read_text(_file_text(path), str(path), names):
-        if isinstance(parsed, config_parser.BindingStatement):
-            statements.append(Statement(place, *parsed[:4]))
-        elif isinstance(parsed, config_parser.IncludeStatement):
-            included = _find_included(parsed.filename, path, place)
+    return _statements(_read_text(_file_text(path), str(path), names), path, names, chain)
+
+
+def read_text(text: Text, names: Names) -> list[Statement]:
+    """The statements of a text, with those of the files that it includes."""
+    parsed = _read_text(text.text, text.place, names, numbered=False)
+    return _statements(parsed, text.file, names, (text.file,))
+
+
+def _statements(
+    parsed: Iterable[tuple[str, Any]], path: Path, names: Names, chain: tuple[Path, ...]
+) -> list[Statement]:
+    """path: of the file that they stand in. chain: files of which each includes the next, down to this one."""
+    statements = []
+    for place, statement in parsed:
+        if isinstance(statement, config_parser.BindingStatement):
+            statements.append(Statement(place, *statement[:4]))
+        elif isinstance(statement, config_parser.IncludeStatement):
+            included = _find_included(statement.filename, path, place)
             if included.resolve() in [file.resolve() for file in chain]:
                 raise InputError(f"{place}: include cycle: {' -> '.join(map(str, (*chain, included)))}")
             statements += read_file(included, names, chain)
-        elif isinstance(parsed, config_parser.ImportStatement):
+        elif isinstance(statement, config_parser.ImportStatement):
             raise InputError(f"{place}: 'import' has no use here: constructors are registered in Python")
     return statements
 
 
 def read_override(text: str, names: Names) -> Statement:
     """The one binding of an override, `Name.parameter=value`."""
-    parsed = [statement for _, statement in _read_text(text, COMMAND_LINE, names)]
+    parsed = [statement for _, statement in _read_text(text, COMMAND_LINE, names, numbered=False)]
     if len(parsed) != 1 or not isinstance(parsed[0], config_parser.BindingStatement):
         raise InputError(
             f"{COMMAND_LINE}: expected one binding, such as --gin.train.steps=100, got --gin.{text}"
@@ -82,11 +104,11 @@ def read_override(text: str, names: Names) -> Statement:
     return Statement(COMMAND_LINE, *parsed[0][:4])
 
 
-def _read_text(text: str, source: str, names: Names) -> Iterator[tuple[str, Any]]:
-    """Places, each with what gin's parser found there."""
+def _read_text(text: str, source: str, names: Names, numbered: bool = True) -> Iterator[tuple[str, Any]]:
+    """Places, each with what gin's parser found there. numbered: whether places have the number of a line."""
 
     def place(line: int) -> str:
-        return source if source == COMMAND_LINE else f"{source}:{line}"
+        return f"{source}:{line}" if numbered else source
 
     try:
         for statement in config_parser.ConfigParser(text, names):

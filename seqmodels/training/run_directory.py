@@ -6,12 +6,13 @@
     metrics.jsonl            one JSON object per line, each with its step
     tensorboard/             event files
     checkpoints/             see `seqmodels.training.checkpoint`
+    point.json               of a point of a sweep, see `seqmodels.tools.sweep`, which writes it before the run begins
     logs/                    what the program printed on every host, of `gcp.entry`, which begins before the program
     DONE                     JSON with the last step and the final metrics; there once the run has finished
 
-`config.gin` comes first, so a folder without it is not a run. Whole files are replaced as a whole: a kill leaves the
-old file or the new one. On a disk they are written under a temporary name, flushed and renamed. In a bucket a file is
-one object, and what grows is put as a whole from time to time, see `seqmodels.files.GrowingFile`.
+`config.gin` is the first that a run writes, so a folder without it is not a run. Whole files are replaced as a whole: a
+kill leaves the old file or the new one. On a disk they are written under a temporary name, flushed and renamed. In a
+bucket a file is one object, and what grows is put as a whole from time to time, see `seqmodels.files.GrowingFile`.
 """
 
 import datetime
@@ -35,8 +36,9 @@ from seqmodels.files import TEMPORARY, GrowingFile, in_bucket, list_folder, to_p
 if TYPE_CHECKING:
     from etils import epath
 
-LOGS = "logs"
+LOGS, POINT = "logs", "point.json"
 _LOCK = ".lock"
+_BEFORE = (_LOCK, LOGS, POINT)
 
 
 class RunDirectory:
@@ -120,7 +122,7 @@ class RunDirectory:
         if on_disk:
             self.path.mkdir(parents=True, exist_ok=True)
         names = [entry.name for entry in list_folder(self.path)]
-        strangers = sorted(name for name in names if name not in (_LOCK, LOGS) and not name.endswith(TEMPORARY))
+        strangers = sorted(name for name in names if name not in _BEFORE and not name.endswith(TEMPORARY))
         if strangers and "config.gin" not in names:
             raise InputError(
                 f"{self.path} is not a run directory: it holds {strangers[0]!r} and no config.gin; "
