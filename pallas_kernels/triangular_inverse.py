@@ -36,6 +36,18 @@ def unit_lower_inverse(N: Array) -> Array:
     return X[0]
 
 
+def inverse_flops(size: int) -> float:
+    """FLOPs of the products of `unit_lower_inverse` for a row of a matrix [size, size]."""
+    block = min(size, SMALL)
+    # Two products of whole blocks for every half from 2 on, which is shared by the rows of a block,
+    flops = 2 * 2 * block**2 * max(block.bit_length() - 2, 0)
+    # and two of halves for every pair of blocks that are merged, shared by the rows of both.
+    while block < size:
+        flops += 2 * 2 * block**3 / (2 * block)
+        block *= 2
+    return float(flops)
+
+
 def _small_inverse(N: Array) -> Array:
     """Equation (2) on whole matrices."""
     size = N.shape[-1]

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.errors import InputError
-from seqmodels.layers._mixer import MixerState, Stream, merge_heads, split_heads
+from seqmodels.layers._mixer import FLOAT32, MixerState, Stream, dense_flops, merge_heads, split_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
 from seqmodels.layers.norms import make_norm, unit
 from seqmodels.notation import Activations, Array
 from seqmodels.ops._heads import by_head
-from seqmodels.ops.delta_rule import delta_rule, zero_state
+from seqmodels.ops.delta_rule import delta_rule, delta_rule_flops, zero_state
 
 
 class DeltaMixer(QKVMixer):
@@ -64,6 +64,11 @@ class DeltaMixer(QKVMixer):
     def qkv_widths(self) -> tuple[int, int, int]:
         return self.num_heads * self.key_dim, self.num_heads * self.key_dim, self.value_heads * self.value_dim
 
+    @property
+    def decays(self) -> int:
+        """Numbers of decay of a head: 0, 1, or key_dim."""
+        return 0
+
     def setup(self) -> None:
         self.divide(self.value_heads, self.num_heads, "num_v_heads")
         super().setup()
@@ -91,6 +96,22 @@ class DeltaMixer(QKVMixer):
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         return self.state_around(zero_state(batch_size, self.value_heads, self.key_dim, self.value_dim), batch_size)
+
+    def state_bytes(self, length: int = 0) -> int:
+        return self.bytes_around(FLOAT32 * self.value_heads * self.key_dim * self.value_dim)
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        beta = dense_flops(self.d_model, self.value_heads)
+        return self.qkvo_flops + beta + delta_rule_flops(
+            length,
+            heads=self.value_heads,
+            key_heads=self.num_heads,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            decays=self.decays,
+            chunk_size=self.chunk_size,
+            decoding=decoding,
+        )
 
 
 def head_gate(gate: Array, heads: int) -> Array:

@@ -1,8 +1,8 @@
 """What the layers around `linear_attention` share: the widths of keys and values, the matrix state."""
 
-from seqmodels.layers._mixer import MixerState
+from seqmodels.layers._mixer import FLOAT32, MixerState
 from seqmodels.layers._qkv_mixer import QKVMixer
-from seqmodels.ops.linear_attention import linear_attention, zero_state
+from seqmodels.ops.linear_attention import linear_attention, linear_attention_flops, zero_state
 
 
 class LinearMixer(QKVMixer):
@@ -35,9 +35,19 @@ class LinearMixer(QKVMixer):
         return self.key_width // self.num_heads
 
     @property
+    def value_dim(self) -> int:
+        """Columns of a head's state."""
+        return self.value_width // self.num_heads
+
+    @property
     def normalized(self) -> bool:
         """Whether the state has a normaliser."""
         return False
+
+    @property
+    def decays(self) -> int:
+        """Numbers of decay of a head: 0, 1, or one for each row of its state."""
+        return 0
 
     def setup(self) -> None:
         self.divide(self.key_width, self.num_heads, "d_model * expand_k")
@@ -45,6 +55,20 @@ class LinearMixer(QKVMixer):
         super().setup()
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
-        value_dim = self.value_width // self.num_heads
-        memory = zero_state(batch_size, self.num_heads, self.state_features, value_dim, normalize=self.normalized)
-        return self.state_around(memory, batch_size)
+        dims = (self.num_heads, self.state_features, self.value_dim)
+        return self.state_around(zero_state(batch_size, *dims, normalize=self.normalized), batch_size)
+
+    def state_bytes(self, length: int = 0) -> int:
+        return self.bytes_around(FLOAT32 * self.num_heads * self.state_features * (self.value_dim + self.normalized))
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        return self.qkvo_flops + linear_attention_flops(
+            length,
+            heads=self.num_heads,
+            key_dim=self.state_features,
+            value_dim=self.value_dim,
+            decays=self.decays,
+            normalize=self.normalized,
+            chunk_size=self.chunk_size,
+            decoding=decoding,
+        )

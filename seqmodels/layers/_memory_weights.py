@@ -6,7 +6,8 @@ from itertools import pairwise
 import flax.linen as nn
 import jax.numpy as jnp
 
-from seqmodels.ops._memory_network import Linear, Weights
+from seqmodels.layers._mixer import FLOAT32
+from seqmodels.ops._memory_network import Linear, Weights, matrix_size
 from seqmodels.ops.neural_memory import NeuralMemoryState, fresh_state
 
 
@@ -39,3 +40,13 @@ def empty_state(
 ) -> NeuralMemoryState:
     """A state of the shape of theirs, all zero: the layer puts its learned weights in at the first token."""
     return fresh_state(batch_size, empty_weights(heads, widths, use_bias=use_bias), None, has_momentum=has_momentum)
+
+
+def weights_bytes(heads: int, widths: Sequence[int], *, use_bias: bool) -> int:
+    """Bytes of one row's weights, in float32."""
+    return FLOAT32 * heads * (matrix_size(widths) + (sum(widths[1:]) if use_bias else 0))
+
+
+def memory_bytes(heads: int, widths: Sequence[int], *, use_bias: bool, has_momentum: bool) -> int:
+    """Bytes of one row's state: the weights, those of the mini-batch's start, the momentum, the place in it."""
+    return (2 + has_momentum) * weights_bytes(heads, widths, use_bias=use_bias) + 4

@@ -3,12 +3,14 @@
     y, state = layer.apply(variables, x, state, segment_ids)          x, y: [b, t, d_model]
 
 The author of a layer writes `setup` (the parameters), `project` (x to the operator's arguments), `readout` (the
-operator's outputs to y) and `initial_state`, and names the operator. Where y needs more of what was projected than the
+operator's outputs to y), `initial_state`, and what the layer costs (`state_bytes`, `flops_per_token`), and names the
+operator. Where y needs more of what was projected than the
 operator takes, a gate say, the author writes `mix` in place of `project` and `readout`. Forms, documents and state are
 this file's matter.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -21,6 +23,9 @@ from seqmodels.ops import _scan
 from seqmodels.ops.short_conv import short_conv
 
 MixerState = dict[str, Any]
+
+FLOAT32 = 4  # bytes
+CURSOR_BYTES = 8
 
 
 class Cursor(NamedTuple):
@@ -179,6 +184,29 @@ class Mixer(nn.Module):
         """The state before the first token; `capacity` is the number of tokens to come, where states grow with it."""
         raise NotImplementedError
 
+    def state_bytes(self, length: int = 0) -> int:
+        """Bytes of the state of one sequence after `length` tokens, declared: a formula of the layer's fields.
+
+        The whole state of a decoder's layer: what `initial_state(1, length)` takes, its cursor (`CURSOR_BYTES`) and the
+        inputs of short convolutions (`convolution_bytes`) included.
+        """
+        raise self._undeclared("state_bytes", "the bytes of `initial_state(1, length)`")
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        """FLOPs of the matrix products for one token of one sequence, declared: a formula of the layer's fields.
+
+        A multiply and an add are 2. Forward, of a decoder's layer in its chunked form over documents of `length` tokens
+        (a training step takes three times that); with `decoding` in the step that reads token number `length`. The
+        projections (`dense_flops`) and the operator's own, declared beside it; those of a call that all its tokens
+        share count in parts. Element-wise work does not count, as is usual for utilisation figures: norms, gates,
+        depthwise convolutions, decays and outer products that are added to a state.
+        """
+        raise self._undeclared("flops_per_token", "the FLOPs of its matrix products for a token")
+
+    def _undeclared(self, method: str, what: str) -> InputError:
+        name = type(self).__name__
+        return InputError(f"{name}: {method} is not declared; expected a method {name}.{method} that returns {what}")
+
     def __call__(
         self,
         x: Activations,
@@ -268,6 +296,16 @@ class Mixer(nn.Module):
 def start_cursor(batch_size: int) -> Cursor:
     """The cursor before the first token."""
     return Cursor(jnp.zeros(batch_size, jnp.int32), jnp.zeros(batch_size, jnp.int32))
+
+
+def dense_flops(*widths: int) -> float:
+    """FLOPs of linear layers for one token, from widths[0] channels to widths[1] and so on."""
+    return 2.0 * sum(i * o for i, o in pairwise(widths))
+
+
+def convolution_bytes(width: int, channels: int) -> int:
+    """Bytes of the inputs that a short convolution remembers of one sequence."""
+    return FLOAT32 * (width - 1) * channels
 
 
 class ShortConvolution(nn.Module):

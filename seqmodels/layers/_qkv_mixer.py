@@ -1,7 +1,17 @@
 """What mixers of queries, keys and values share: the projections, and short convolutions after them."""
 
 from seqmodels.errors import InputError
-from seqmodels.layers._mixer import Mixer, MixerState, ShortConvolution, Stream, split_heads, start_cursor
+from seqmodels.layers._mixer import (
+    CURSOR_BYTES,
+    Mixer,
+    MixerState,
+    ShortConvolution,
+    Stream,
+    convolution_bytes,
+    dense_flops,
+    split_heads,
+    start_cursor,
+)
 from seqmodels.notation import Activations, Keys, Queries, Values
 from seqmodels.ops.short_conv import zero_inputs
 
@@ -61,3 +71,15 @@ class QKVMixer(Mixer):
             for name, width in zip("qkv", self.qkv_widths, strict=True):
                 state[f"{name}_conv1d"] = zero_inputs(batch_size, self.conv_size, width)
         return state
+
+    def bytes_around(self, memory: int) -> int:
+        """Bytes of the state of one sequence, of which the operator's part takes `memory`."""
+        convolutions = [convolution_bytes(self.conv_size, width) for width in self.qkv_widths if self.conv_size]
+        return CURSOR_BYTES + memory + sum(convolutions)
+
+    @property
+    def qkvo_flops(self) -> float:
+        """FLOPs of the projections to q, k and v and from the outputs, for one token."""
+        (q_heads, _, v_heads), (*_, v_width) = self.qkv_heads, self.qkv_widths
+        o_width = v_width // v_heads * max(q_heads, v_heads)
+        return sum(dense_flops(self.d_model, width) for width in (*self.qkv_widths, o_width))

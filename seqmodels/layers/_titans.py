@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.errors import InputError
-from seqmodels.layers._memory_weights import empty_state, memory_weights
-from seqmodels.layers._mixer import MixerState, Stream, split_heads
+from seqmodels.layers._memory_weights import empty_state, memory_bytes, memory_weights
+from seqmodels.layers._mixer import MixerState, Stream, dense_flops, split_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
 from seqmodels.layers.norms import make_norm, unit
 from seqmodels.layers.positions import rotary
 from seqmodels.layers.softmax_attention import SoftmaxAttention
 from seqmodels.notation import Activations, Array, Keys, Queries, Values
-from seqmodels.ops._kv_cache import empty_cache
+from seqmodels.ops._kv_cache import cache_bytes, empty_cache
 from seqmodels.ops._memory_network import Norm, Weights
-from seqmodels.ops.neural_memory import fresh_start, fresh_state, neural_memory
+from seqmodels.ops.neural_memory import fresh_start, fresh_state, neural_memory, neural_memory_flops, recall_flops
 from seqmodels.ops.softmax_attention import softmax_attention
 
 
@@ -156,6 +156,30 @@ class MemoryMixer(QKVMixer):
         memory = empty_state(batch_size, self.num_heads, self.memory_widths, use_bias=False, has_momentum=True)
         return self.state_around(memory, batch_size)
 
+    def state_bytes(self, length: int = 0) -> int:
+        return self.bytes_around(memory_bytes(self.num_heads, self.memory_widths, use_bias=False, has_momentum=True))
+
+    @property
+    def gate_flops(self) -> float:
+        """FLOPs of theta, alpha and eta for a token."""
+        return 3 * dense_flops(self.d_model, self.num_heads)
+
+    @property
+    def recall_flops(self) -> float:
+        """FLOPs of what the memory answers to a token without a write."""
+        return recall_flops(self.num_heads, self.memory_widths)
+
+    def memory_flops(self, length: int, *, decoding: bool = False) -> float:
+        """FLOPs of the memory with its inputs for a token, and its share of reading P, which every call does."""
+        sizes = {"heads": self.num_heads, "widths": self.memory_widths, "has_momentum": True}
+        operator = {"mini_batch": self.mini_batch, **sizes}
+        query, others = dense_flops(self.d_model, self.d_model), 2 * dense_flops(self.d_model, self.d_model)
+        inputs = query + others + self.gate_flops
+        # What the memory answers at P is not asked.
+        silent = inputs - query + neural_memory_flops(1, **operator, decoding=True) - self.recall_flops
+        front = self.persistent * silent / (1 if decoding else length)
+        return inputs + neural_memory_flops(length, **operator, decoding=decoding) + front
+
 
 class MemoryAndAttention(MemoryMixer):
     """Base class of the layers that have attention beside the memory, with as many heads.
@@ -181,6 +205,10 @@ class MemoryAndAttention(MemoryMixer):
         """o_proj(y (x) m). The paper: both normalised with learned weights, a non-linearity, and the product."""
         return self.o_proj(jax.nn.silu(self.y_norm(y)) * jax.nn.silu(self.m_norm(m)))
 
+    def front_flops(self, length: int, *, decoding: bool = False) -> float:
+        """A token's share of the FLOPs of keys and values of P in the attention, which every call computes."""
+        return self.persistent * 2 * dense_flops(self.d_model, self.d_model) / (1 if decoding else length)
+
 
 class MemoryAndWindow(MemoryAndAttention):
     """Base class of those whose attention has a sliding window.
@@ -197,6 +225,16 @@ class MemoryAndWindow(MemoryAndAttention):
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         cache = empty_cache(batch_size, self.window, self.num_heads, self.head_dim, self.head_dim, self.dtype)
         return {**super().initial_state(batch_size), "attention": cache}
+
+    def state_bytes(self, length: int = 0) -> int:
+        cache = cache_bytes(self.window, self.num_heads, self.head_dim, self.head_dim, self.dtype)
+        return super().state_bytes(length) + cache
+
+    def attention_flops(self, length: int, *, decoding: bool = False) -> float:
+        """FLOPs of the attention with its projections, for a token."""
+        attention = self.attention_with(window=self.window, parent=None)
+        attended = attention.attention_flops(length, prefix=self.persistent, decoding=decoding)
+        return attention.qkvo_flops + self.front_flops(length, decoding=decoding) + attended
 
 
 class AttentionInFront(SoftmaxAttention):

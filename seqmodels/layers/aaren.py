@@ -2,9 +2,19 @@
 
 import flax.linen as nn
 
-from seqmodels.layers._mixer import Mixer, MixerState, Stream, merge_heads, split_heads, start_cursor
+from seqmodels.layers._mixer import (
+    CURSOR_BYTES,
+    FLOAT32,
+    Mixer,
+    MixerState,
+    Stream,
+    dense_flops,
+    merge_heads,
+    split_heads,
+    start_cursor,
+)
 from seqmodels.notation import Activations, Array
-from seqmodels.ops.aaren import aaren, empty_state
+from seqmodels.ops.aaren import aaren, aaren_flops, empty_state
 
 
 class Aaren(Mixer):
@@ -43,3 +53,13 @@ class Aaren(Mixer):
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         memory = empty_state(batch_size, self.num_heads, self.head_dim)
         return {"cursor": start_cursor(batch_size), "memory": memory}
+
+    def state_bytes(self, length: int = 0) -> int:
+        return CURSOR_BYTES + FLOAT32 * self.num_heads * (self.head_dim + 2)
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        projection = dense_flops(self.d_model, self.d_model)
+        queries = 1 if decoding else 1 / length  # one projection of `query` in a call
+        sizes = {"heads": self.num_heads, "key_dim": self.head_dim, "value_dim": self.head_dim}
+        how = {"chunk_size": self.chunk_size, "decoding": decoding}
+        return (3 + queries) * projection + aaren_flops(length, **sizes, **how)

@@ -1,13 +1,11 @@
 """Based: linear attention that imitates softmax by a Taylor expansion (Arora et al. 2024, arXiv 2402.18668)."""
 
-import jax.numpy as jnp
-
-from seqmodels.layers._mixer import MixerState, Stream, merge_heads
+from seqmodels.layers._mixer import FLOAT32, MixerState, Stream, merge_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
 from seqmodels.notation import Activations, Array
 from seqmodels.ops.cross_attention import linear_cross_attention
 from seqmodels.ops.feature_maps import taylor
-from seqmodels.ops.linear_attention import linear_attention, zero_state
+from seqmodels.ops.linear_attention import linear_attention, linear_attention_flops, zero_state
 
 
 class Based(QKVMixer):
@@ -43,6 +41,26 @@ class Based(QKVMixer):
         return self.o_proj(merge_heads(o))
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
-        features = taylor(jnp.zeros(self.feature_dim)).shape[0]
-        memory = zero_state(batch_size, self.num_heads, features, self.d_model // self.num_heads, normalize=True)
-        return self.state_around(memory, batch_size)
+        dims = (self.num_heads, self.state_features, self.d_model // self.num_heads)
+        return self.state_around(zero_state(batch_size, *dims, normalize=True), batch_size)
+
+    @property
+    def state_features(self) -> int:
+        """Rows of a head's state."""
+        d = self.feature_dim
+        return 1 + d + d * (d + 1) // 2
+
+    def state_bytes(self, length: int = 0) -> int:
+        value_dim = self.d_model // self.num_heads
+        return self.bytes_around(FLOAT32 * self.num_heads * self.state_features * (value_dim + 1))
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        return self.qkvo_flops + linear_attention_flops(
+            length,
+            heads=self.num_heads,
+            key_dim=self.state_features,
+            value_dim=self.d_model // self.num_heads,
+            normalize=True,
+            chunk_size=self.chunk_size,
+            decoding=decoding,
+        )

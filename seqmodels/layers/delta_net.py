@@ -4,6 +4,7 @@ As a layer of language models: Yang et al. 2024, arXiv 2406.06484.
 """
 
 from seqmodels.layers._delta_mixer import DeltaMixer, head_gate
+from seqmodels.layers._mixer import dense_flops
 from seqmodels.notation import Activations, Array
 
 
@@ -27,3 +28,7 @@ class DeltaNet(DeltaMixer):
 
     def output_gate(self, x: Activations) -> Array | None:
         return head_gate(self.g_proj(x), self.value_heads) if self.use_gate else None
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        gate = dense_flops(self.d_model, self.value_heads * self.value_dim) if self.use_gate else 0
+        return super().flops_per_token(length, decoding=decoding) + gate

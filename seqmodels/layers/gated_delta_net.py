@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.layers._initializers import log_rate_init, time_step_init
-from seqmodels.layers._mixer import Stream
+from seqmodels.layers._mixer import Stream, dense_flops
 from seqmodels.layers.delta_net import DeltaNet
 from seqmodels.notation import Activations
 
@@ -33,6 +33,10 @@ class GatedDeltaNet(DeltaNet):
     def key_dim(self) -> int:
         return self.head_dim or self.divide(3 * self.d_model // 4, self.num_heads, "3/4 d_model")
 
+    @property
+    def decays(self) -> int:
+        return 1
+
     def setup(self) -> None:
         super().setup()
         self.a_proj = self.gate_dense(self.value_heads)
@@ -42,3 +46,7 @@ class GatedDeltaNet(DeltaNet):
     def project(self, x: Activations, stream: Stream) -> dict:
         g = -jnp.exp(self.A_log) * jax.nn.softplus(self.a_proj(x) + self.dt_bias)
         return {**super().project(x, stream), "g": g}
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        rate = dense_flops(self.d_model, self.value_heads)
+        return super().flops_per_token(length, decoding=decoding) + rate

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.layers._linear_mixer import LinearMixer
-from seqmodels.layers._mixer import Stream, merge_heads, split_heads
+from seqmodels.layers._mixer import Stream, dense_flops, merge_heads, split_heads
 from seqmodels.layers.norms import make_norm
 from seqmodels.notation import Activations, Array
 from seqmodels.ops._heads import by_head
@@ -23,6 +23,10 @@ class GatedLinearAttention(LinearMixer):
     gate_low_rank_dim: int = 16
     gate_logit_normalizer: float = 16.0
 
+    @property
+    def decays(self) -> int:
+        return self.state_features
+
     def setup(self) -> None:
         super().setup()
         self.gk_proj_0 = self.dense(self.gate_low_rank_dim)
@@ -39,3 +43,8 @@ class GatedLinearAttention(LinearMixer):
     def readout(self, o: Array, x: Activations) -> Activations:
         gate = split_heads(self.g_proj(x), self.num_heads)
         return self.o_proj(merge_heads(by_head(self.g_norm, o) * jax.nn.silu(gate)))
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        decay = dense_flops(self.d_model, self.gate_low_rank_dim, self.key_width)
+        gate = dense_flops(self.d_model, self.value_width)
+        return super().flops_per_token(length, decoding=decoding) + decay + gate

@@ -4,10 +4,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels.layers._mixer import Mixer, MixerState, Stream, merge_heads, split_heads, start_cursor
+from seqmodels.layers._mixer import (
+    CURSOR_BYTES,
+    FLOAT32,
+    Mixer,
+    MixerState,
+    Stream,
+    dense_flops,
+    merge_heads,
+    split_heads,
+    start_cursor,
+)
 from seqmodels.layers.norms import make_norm
 from seqmodels.notation import Activations, Array
-from seqmodels.ops.linear_attention import linear_attention, zero_state
+from seqmodels.ops.linear_attention import linear_attention, linear_attention_flops, zero_state
 
 
 def forget_gate(logits: Array, bound_logit: Array) -> tuple[Array, Array]:
@@ -62,3 +72,12 @@ class HGRN2(Mixer):
         channels = self.d_model // self.num_heads
         memory = zero_state(batch_size, self.num_heads, channels, channels)
         return {"cursor": start_cursor(batch_size), "memory": memory}
+
+    def state_bytes(self, length: int = 0) -> int:
+        return CURSOR_BYTES + FLOAT32 * self.d_model * (self.d_model // self.num_heads)
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        channels = self.d_model // self.num_heads
+        sizes = {"heads": self.num_heads, "key_dim": channels, "value_dim": channels, "decays": channels}
+        how = {"chunk_size": self.chunk_size, "decoding": decoding}
+        return 4 * dense_flops(self.d_model, self.d_model) + linear_attention_flops(length, **sizes, **how)

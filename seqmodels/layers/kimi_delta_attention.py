@@ -7,7 +7,7 @@ from flax.linen.initializers import zeros
 from seqmodels.errors import InputError
 from seqmodels.layers._delta_mixer import DeltaMixer
 from seqmodels.layers._initializers import log_rate_init, time_step_init
-from seqmodels.layers._mixer import Stream, split_heads
+from seqmodels.layers._mixer import Stream, dense_flops, split_heads
 from seqmodels.notation import Activations, Array, ChannelDecay
 
 
@@ -31,6 +31,10 @@ class KimiDeltaAttention(DeltaMixer):
 
     lower_bound: float | None = None
     gate_bias: bool = False
+
+    @property
+    def decays(self) -> int:
+        return self.key_dim
 
     def setup(self) -> None:
         if self.lower_bound is not None and self.lower_bound >= 0:
@@ -56,3 +60,8 @@ class KimiDeltaAttention(DeltaMixer):
 
     def output_gate(self, x: Activations) -> Array:
         return jax.nn.sigmoid(split_heads(self.g_proj_1(self.g_proj_0(x)), self.value_heads))
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        decay = dense_flops(self.d_model, self.value_dim, self.value_heads * self.key_dim)
+        gate = dense_flops(self.d_model, self.value_dim, self.value_heads * self.value_dim)
+        return super().flops_per_token(length, decoding=decoding) + decay + gate

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from seqmodels.layers._linear_mixer import LinearMixer
-from seqmodels.layers._mixer import Stream, merge_heads
+from seqmodels.layers._mixer import Stream, dense_flops, merge_heads
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import lrpe
 from seqmodels.notation import Activations, Array
@@ -46,6 +46,10 @@ class LightningAttention(LinearMixer):
     def state_features(self) -> int:
         return super().state_features * (2 if self.use_lrpe else 1)
 
+    @property
+    def decays(self) -> int:
+        return 1
+
     def setup(self) -> None:
         super().setup()
         self.u_proj = self.dense(self.value_width)
@@ -64,6 +68,10 @@ class LightningAttention(LinearMixer):
 
     def readout(self, o: Array, x: Activations) -> Activations:
         return self.o_proj(self.u_proj(x) * self.norm(merge_heads(o)))
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        gate = dense_flops(self.d_model, self.value_width)
+        return super().flops_per_token(length, decoding=decoding) + gate
 
 
 def _lrpe_angles(shape: tuple[int, int]) -> Float[Array, "h k"]:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from seqmodels.layers._linear_mixer import LinearMixer
-from seqmodels.layers._mixer import Stream, merge_heads
+from seqmodels.layers._mixer import Stream, dense_flops, merge_heads
 from seqmodels.layers.norms import make_norm
 from seqmodels.notation import Activations, Array, Keys
 from seqmodels.ops._heads import by_head
@@ -54,6 +54,11 @@ class LinearAttention(LinearMixer):
 
     def readout(self, o: Array, x: Activations) -> Activations:
         return self.o_proj(merge_heads(by_head(self.norm, o) if self.output_norm else o))
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        channels = self.key_width // self.num_heads
+        learned = 2 * self.num_heads * dense_flops(channels, channels) if self.feature_map in LEARNED else 0
+        return super().flops_per_token(length, decoding=decoding) + learned
 
 
 class HeadProjection(nn.Module):

@@ -7,12 +7,24 @@ import jax.numpy as jnp
 
 from seqmodels.errors import InputError
 from seqmodels.layers._initializers import log_rate_init, time_step_init
-from seqmodels.layers._mixer import Mixer, MixerState, ShortConvolution, Stream, merge_heads, split_heads, start_cursor
+from seqmodels.layers._mixer import (
+    CURSOR_BYTES,
+    FLOAT32,
+    Mixer,
+    MixerState,
+    ShortConvolution,
+    Stream,
+    convolution_bytes,
+    dense_flops,
+    merge_heads,
+    split_heads,
+    start_cursor,
+)
 from seqmodels.layers.norms import GatedRMSNorm
 from seqmodels.notation import Activations
 from seqmodels.ops.linear_attention import zero_state
 from seqmodels.ops.short_conv import zero_inputs
-from seqmodels.ops.ssd import ssd
+from seqmodels.ops.ssd import ssd, ssd_flops
 
 
 class Mamba2(Mixer):
@@ -65,6 +77,11 @@ class Mamba2(Mixer):
         return self.heads_of(self.head_dim, self.d_inner, "expand * d_model")
 
     @property
+    def in_width(self) -> int:
+        """Channels of z, of x, B and C, and of dt together."""
+        return self.d_inner + self.conv_width + self.num_heads
+
+    @property
     def conv_width(self) -> int:
         """Channels of x, B and C together."""
         return self.d_inner + 2 * self.n_groups * self.d_state
@@ -73,7 +90,7 @@ class Mamba2(Mixer):
         if self.n_groups < 1 or self.num_heads % self.n_groups:
             raise InputError(f"Mamba2: {self.num_heads} heads do not make {self.n_groups} equal groups (n_groups)")
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.in_proj = self.dense(self.d_inner + self.conv_width + self.num_heads, use_bias=self.use_bias)
+        self.in_proj = self.dense(self.in_width, use_bias=self.use_bias)
         self.conv1d = ShortConvolution(self.conv_width, self.d_conv, use_bias=self.conv_bias, **dtypes)
         steps = time_step_init(self.dt_min, self.dt_max, self.dt_init_floor)
         self.dt_bias = self.param("dt_bias", steps, (self.num_heads,))
@@ -104,3 +121,19 @@ class Mamba2(Mixer):
             "memory": zero_state(batch_size, self.num_heads, self.d_state, head_dim),
             "conv1d": zero_inputs(batch_size, self.d_conv, self.conv_width),
         }
+
+    def state_bytes(self, length: int = 0) -> int:
+        memory = FLOAT32 * self.d_state * self.d_inner
+        return CURSOR_BYTES + memory + convolution_bytes(self.d_conv, self.conv_width)
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        projections = dense_flops(self.d_model, self.in_width) + dense_flops(self.d_inner, self.d_model)
+        return projections + ssd_flops(
+            length,
+            heads=self.num_heads,
+            groups=self.n_groups,
+            states=self.d_state,
+            channels=self.d_inner // self.num_heads,
+            chunk_size=self.chunk_size,
+            decoding=decoding,
+        )

@@ -4,10 +4,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from seqmodels.layers._mixer import Mixer, MixerState, Stream, merge_heads, split_heads, start_cursor
+from seqmodels.layers._mixer import (
+    CURSOR_BYTES,
+    FLOAT32,
+    Mixer,
+    MixerState,
+    Stream,
+    dense_flops,
+    merge_heads,
+    split_heads,
+    start_cursor,
+)
 from seqmodels.layers.norms import make_norm
 from seqmodels.notation import Activations, Array
-from seqmodels.ops.linear_attention import linear_attention, zero_state
+from seqmodels.ops.linear_attention import linear_attention, linear_attention_flops, zero_state
 
 
 def minimax_decay(num_heads: int, layer_index: int | Array, n_layers: int) -> Float[Array, " h"]:
@@ -53,3 +63,13 @@ class MiniMaxLightningAttention(Mixer):
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         memory = zero_state(batch_size, self.num_heads, self.channels, self.channels)
         return {"cursor": start_cursor(batch_size), "memory": memory}
+
+    def state_bytes(self, length: int = 0) -> int:
+        return CURSOR_BYTES + FLOAT32 * self.num_heads * self.channels**2
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        width = self.num_heads * self.channels
+        projections = 4 * dense_flops(self.d_model, width) + dense_flops(width, self.d_model)  # qkv and gate; out
+        sizes = {"heads": self.num_heads, "key_dim": self.channels, "value_dim": self.channels, "decays": 1}
+        how = {"chunk_size": self.chunk_size, "decoding": decoding}
+        return projections + linear_attention_flops(length, **sizes, **how)

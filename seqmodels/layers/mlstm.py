@@ -4,10 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels.layers._mixer import MixerState, Stream, merge_heads, split_heads
+from seqmodels.layers._mixer import FLOAT32, MixerState, Stream, dense_flops, merge_heads, split_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
 from seqmodels.notation import Activations, Array
-from seqmodels.ops.mlstm import mlstm, zero_state
+from seqmodels.ops.mlstm import mlstm, mlstm_flops, zero_state
 
 
 class MLSTM(QKVMixer):
@@ -92,3 +92,14 @@ class MLSTM(QKVMixer):
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         return self.state_around(zero_state(batch_size, self.num_heads, *self.head_dims), batch_size)
+
+    def state_bytes(self, length: int = 0) -> int:
+        key_dim, value_dim = self.head_dims
+        return self.bytes_around(FLOAT32 * self.num_heads * (key_dim * value_dim + key_dim + 1))
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        key_dim, value_dim = self.head_dims
+        gates = 2 * dense_flops(self.d_model, self.num_heads) + dense_flops(self.d_model, self.num_heads * value_dim)
+        sizes = {"heads": self.num_heads, "key_dim": key_dim, "value_dim": value_dim}
+        how = {"chunk_size": self.chunk_size, "decoding": decoding}
+        return self.qkvo_flops + gates + mlstm_flops(length, **sizes, **how)

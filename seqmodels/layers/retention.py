@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from seqmodels.layers._linear_mixer import LinearMixer
-from seqmodels.layers._mixer import Stream, merge_heads, split_heads
+from seqmodels.layers._mixer import Stream, dense_flops, merge_heads, split_heads
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.notation import Activations, Array
@@ -28,6 +28,10 @@ class Retention(LinearMixer):
     expand_v: float = 2.0
     rope_base: float = 10_000.0
 
+    @property
+    def decays(self) -> int:
+        return 1
+
     def setup(self) -> None:
         super().setup()
         self.g_proj = self.dense(self.value_width)
@@ -41,3 +45,7 @@ class Retention(LinearMixer):
     def readout(self, o: Array, x: Activations) -> Activations:
         gate = split_heads(self.g_proj(x), self.num_heads)
         return self.o_proj(merge_heads(by_head(self.g_norm, o) * jax.nn.silu(gate)))
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        gate = dense_flops(self.d_model, self.value_width)
+        return super().flops_per_token(length, decoding=decoding) + gate

@@ -6,7 +6,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels.layers._mixer import Mixer, MixerState, ShortConvolution, Stream, start_cursor
+from seqmodels.layers._mixer import (
+    CURSOR_BYTES,
+    FLOAT32,
+    Mixer,
+    MixerState,
+    ShortConvolution,
+    Stream,
+    convolution_bytes,
+    dense_flops,
+    start_cursor,
+)
 from seqmodels.notation import Activations, Array
 from seqmodels.ops.rglru import rglru, zero_state
 from seqmodels.ops.short_conv import zero_inputs
@@ -69,6 +79,15 @@ class RGLRU(Mixer):
             "memory": zero_state(batch_size, self.width),
             "conv_1d": zero_inputs(batch_size, self.conv1d_width, self.width),
         }
+
+    def state_bytes(self, length: int = 0) -> int:
+        return CURSOR_BYTES + FLOAT32 * self.width + convolution_bytes(self.conv1d_width, self.width)
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        branches, out = 2 * dense_flops(self.d_model, self.width), dense_flops(self.width, self.d_model)
+        block = self.width // self.num_heads
+        gates = 2 * self.num_heads * dense_flops(block, block)
+        return branches + gates + out  # the recurrence is element-wise
 
 
 class _Gates(nn.Module):

@@ -11,11 +11,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from seqmodels.layers._mixer import Mixer, MixerState, Stream, merge_heads, split_heads, start_cursor
+from seqmodels.layers._mixer import (
+    CURSOR_BYTES,
+    FLOAT32,
+    Mixer,
+    MixerState,
+    Stream,
+    convolution_bytes,
+    dense_flops,
+    merge_heads,
+    split_heads,
+    start_cursor,
+)
 from seqmodels.notation import Activations, Array
 from seqmodels.ops.linear_attention import zero_state
 from seqmodels.ops.short_conv import short_conv, zero_inputs
-from seqmodels.ops.wkv6 import wkv6
+from seqmodels.ops.wkv6 import wkv6, wkv6_flops
 
 # What the token before is mixed into, in the order of the rows of `x_bias` and `x_proj_2`.
 MIXED = "rwkvg"
@@ -96,6 +107,18 @@ class RWKV6(Mixer):
             "memory": zero_state(batch_size, self.num_heads, channels, channels),
             "token_shift": zero_inputs(batch_size, 2, self.d_model),
         }
+
+    def state_bytes(self, length: int = 0) -> int:
+        memory = FLOAT32 * self.d_model * (self.d_model // self.num_heads)
+        return CURSOR_BYTES + memory + convolution_bytes(2, self.d_model)
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        d, channels = self.d_model, self.d_model // self.num_heads
+        mixing = len(MIXED) * dense_flops(d, self.proj_low_rank_dim, d)
+        projections = 5 * dense_flops(d, d) + dense_flops(d, self.gate_low_rank_dim, d)
+        sizes = {"heads": self.num_heads, "key_dim": channels, "value_dim": channels}
+        how = {"chunk_size": self.chunk_size, "decoding": decoding}
+        return mixing + projections + wkv6_flops(length, **sizes, **how)
 
 
 def starting_values(d_model: int, layer_index: int | Array, n_layers: int) -> dict[str, Array]:

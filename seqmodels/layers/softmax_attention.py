@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from seqmodels.errors import InputError
-from seqmodels.layers._mixer import MixerState, Stream, merge_heads
+from seqmodels.layers._mixer import MixerState, Stream, dense_flops, merge_heads
 from seqmodels.layers._qkv_mixer import QKVMixer
 from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.notation import FIRST_WEIGHT, SOWN, Activations, Array, Keys, Queries, Values
 from seqmodels.ops._heads import by_head
+from seqmodels.ops._kv_cache import cache_bytes
 from seqmodels.ops.cross_attention import softmax_cross_attention
-from seqmodels.ops.softmax_attention import empty_cache, softmax_attention
+from seqmodels.ops.softmax_attention import empty_cache, softmax_attention, softmax_attention_flops
 
 
 class SoftmaxAttention(QKVMixer):
@@ -139,3 +140,25 @@ class SoftmaxAttention(QKVMixer):
             )
         cache = empty_cache(batch_size, capacity, self.kv_heads, self.channels, self.channels, self.dtype)
         return self.state_around(cache, batch_size)
+
+    def state_bytes(self, length: int = 0) -> int:
+        slots = length if self.window is None else self.window + self.sinks
+        return self.bytes_around(cache_bytes(slots, self.kv_heads, self.channels, self.channels, self.dtype))
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        gate = dense_flops(self.d_model, self.qkv_widths[0]) if self.use_gate else 0
+        return self.qkvo_flops + gate + self.attention_flops(length, decoding=decoding)
+
+    def attention_flops(self, length: int, *, prefix: int = 0, decoding: bool = False) -> float:
+        """Those of the operator, with a prefix of so many keys."""
+        return softmax_attention_flops(
+            length,
+            heads=self.num_heads,
+            key_dim=self.channels,
+            value_dim=self.channels,
+            window=self.window,
+            sinks=self.sinks,
+            prefix=prefix,
+            chunk_size=self.chunk_size,
+            decoding=decoding,
+        )

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from seqmodels.layers._memory_weights import empty_weights
-from seqmodels.layers._mixer import MixerState, Stream, merge_heads, split_heads
+from seqmodels.layers._memory_weights import empty_weights, memory_bytes, weights_bytes
+from seqmodels.layers._mixer import FLOAT32, MixerState, Stream, dense_flops, merge_heads, split_heads
 from seqmodels.layers._titans import MemoryAndAttention
 from seqmodels.layers.norms import unit
 from seqmodels.notation import Activations, Array, Keys, Values
-from seqmodels.ops.memory_as_context import memory_as_context, start_state
+from seqmodels.ops.memory_as_context import memory_as_context, memory_as_context_flops, start_state
 
 
 class TitansMAC(MemoryAndAttention):
@@ -78,3 +78,25 @@ class TitansMAC(MemoryAndAttention):
         weights = empty_weights(self.num_heads, self.memory_widths, use_bias=False)
         dims = (self.num_heads, self.head_dim, self.head_dim)
         return self.state_around(start_state(batch_size, self.segment, *dims, weights), batch_size)
+
+    def state_bytes(self, length: int = 0) -> int:
+        weights = {"heads": self.num_heads, "widths": self.memory_widths, "use_bias": False}
+        slots = FLOAT32 * 2 * self.segment * self.num_heads * 2 * self.head_dim  # keys and values of h and of x
+        past_and_place = weights_bytes(**weights) + 4
+        return self.bytes_around(memory_bytes(**weights, has_momentum=True) + past_and_place + slots)
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        projection = dense_flops(self.d_model, self.d_model)
+        context, written = 2 * projection, 4 * projection + self.gate_flops
+        inputs, outputs = 4 * projection, 2 * projection  # of x: q, k, v and r; y once more, and o
+        operator = memory_as_context_flops(
+            length,
+            heads=self.num_heads,
+            widths=self.memory_widths,
+            segment=self.segment,
+            mini_batch=self.mini_batch,
+            prefix=self.persistent,
+            maps=context + written,
+            decoding=decoding,
+        )
+        return inputs + outputs + self.front_flops(length, decoding=decoding) + operator

@@ -1,6 +1,6 @@
 """Titans with memory as a gate, MAG (Behrouz, Zhong, Mirrokni 2024, arXiv 2501.00663)."""
 
-from seqmodels.layers._mixer import Stream, merge_heads
+from seqmodels.layers._mixer import Stream, dense_flops, merge_heads
 from seqmodels.layers._titans import MemoryAndWindow
 from seqmodels.notation import Activations
 
@@ -19,3 +19,7 @@ class TitansMAG(MemoryAndWindow):
         y = self.attention.attend(x, stream, self.in_front())
         m = merge_heads(self.operate(stream, **self.project(x, stream)))
         return self.gated(y, m)
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        out = dense_flops(self.d_model, self.d_model)
+        return self.memory_flops(length, decoding=decoding) + self.attention_flops(length, decoding=decoding) + out

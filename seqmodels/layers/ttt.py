@@ -5,12 +5,15 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.errors import InputError, nearest
-from seqmodels.layers._memory_weights import empty_state, memory_weights
+from seqmodels.layers._memory_weights import empty_state, memory_bytes, memory_weights
 from seqmodels.layers._mixer import (
+    CURSOR_BYTES,
     Mixer,
     MixerState,
     ShortConvolution,
     Stream,
+    convolution_bytes,
+    dense_flops,
     merge_heads,
     split_heads,
     start_cursor,
@@ -19,7 +22,7 @@ from seqmodels.layers.norms import make_norm
 from seqmodels.layers.positions import rotary
 from seqmodels.notation import Activations, Array
 from seqmodels.ops._memory_network import Norm
-from seqmodels.ops.neural_memory import fresh_state, neural_memory
+from seqmodels.ops.neural_memory import fresh_state, neural_memory, neural_memory_flops
 from seqmodels.ops.short_conv import zero_inputs
 
 # Learning rate of the inner model, by its kind.
@@ -121,3 +124,13 @@ class TTT(Mixer):
         memory = empty_state(batch_size, self.num_heads, self.memory_widths, use_bias=True, has_momentum=False)
         state = {"cursor": start_cursor(batch_size), "memory": memory}
         return state | {f"{name}_conv1d": zero_inputs(batch_size, self.conv_size, self.d_model) for name in "qk"}
+
+    def state_bytes(self, length: int = 0) -> int:
+        memory = memory_bytes(self.num_heads, self.memory_widths, use_bias=True, has_momentum=False)
+        return CURSOR_BYTES + memory + 2 * convolution_bytes(self.conv_size, self.d_model)
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        projections = 4 * dense_flops(self.d_model, self.d_model) + dense_flops(self.d_model, self.num_heads)
+        network = {"heads": self.num_heads, "widths": self.memory_widths, "mini_batch": self.mini_batch}
+        how = {"has_momentum": False, "has_reach": True, "decoding": decoding}
+        return projections + neural_memory_flops(length, **network, **how)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from seqmodels.models.language_model import LanguageModel
 from seqmodels.models.readouts import input_shape
@@ -28,9 +29,12 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations of a call with arguments of these shapes.
 
     Counts matrix products and convolutions (a multiply and an add each) of the program as traced, loops included;
-    element-wise work is left out, as is usual for utilisation figures.
+    element-wise work is left out, as is usual for utilisation figures, and so is what no result depends on, which XLA
+    removes.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    program = jax.make_jaxpr(function)(*arguments).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    return _count(needed)
 
 
 def _count(jaxpr: core.Jaxpr) -> float:

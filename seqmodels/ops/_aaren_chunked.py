@@ -48,12 +48,17 @@ def chunked(
 ) -> tuple[Array, AarenState]:
     """Outputs [b, t, h, v] in v's dtype and the final state, from scores [b, t, h] and values [b, t, h, v]."""
     batch, length = s.shape[:2]
-    size = min(chunk_size or DEFAULT_CHUNK, length)
+    size = chunk_of(length, chunk_size)
     real = None
     if docs is not None or length % size:
         real = cut(jnp.ones((batch, length), bool) if docs is None else docs.real, size)
     o, state = _run(_Inputs(cut(s, size), cut(v, size), *cut_index(docs, size), real), state)
     return joined(o, length, docs), state
+
+
+def chunk_of(length: int, chunk_size: int | None) -> int:
+    """Positions per chunk."""
+    return min(chunk_size or DEFAULT_CHUNK, length)
 
 
 class _Inputs(NamedTuple):

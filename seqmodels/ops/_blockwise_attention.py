@@ -139,6 +139,20 @@ def _blocks_in_sight(query: Reach, key: Array, window: int | None, sinks: int) -
     return jnp.argsort(~sight, axis=1, stable=True), sight.sum(axis=1, dtype=jnp.int32)
 
 
+def pairs_visited(length: int, *, prefix: int, window: int | None, sinks: int, block: int) -> int:
+    """Pairs of a query and a key in the blocks that `_blocks_in_sight` names, masked ones included: for a document of
+    `length` tokens behind a prefix of so many keys."""
+    rows, columns = min(block, length), min(block, prefix + length)
+    front = -(-(prefix + sinks) // columns)  # blocks with keys that no window hides
+    visits = 0
+    for first_query in range(0, length, rows):
+        last_query = min(first_query + rows, length) - 1
+        last = (prefix + last_query) // columns
+        first = 0 if window is None else max(prefix + first_query - window + 1, 0) // columns
+        visits += last - first + 1 + min(front, first)
+    return visits * rows * columns
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _blockwise(
     q: Array, k: Array, v: Array, query: Reach, key: Array, scale: float, window: int | None, sinks: int

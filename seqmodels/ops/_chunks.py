@@ -29,6 +29,7 @@ of (5), a matrix for every channel, is taken as sum_{i >= t} (q_i dq_i - k_i dk_
 The functions are written for one chunk of one row of the batch; `scan_chunks` takes them to the others.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,6 +69,24 @@ def chunk_length(
     """Positions per chunk: what the caller asks for, or a default that suits the length; rounded up where it must."""
     size = chunk_size or min(default, -(-length // SMALLEST_CHUNK) * SMALLEST_CHUNK)
     return 1 << (size - 1).bit_length() if power_of_two else size
+
+
+def positions_per_token(length: int, size: int) -> float:
+    """Positions that are worked off for each of `length` tokens: more than 1 where the last chunk is not full."""
+    return -(-length // size) * size / length
+
+
+def score_flops(size: int, *, heads: int, key_heads: int, key_dim: int, decays: int) -> float:
+    """FLOPs of (1) for a position of a chunk of `size`: a product with every key, one for each level of (6) where every
+    channel has a decay. decays: numbers of decay of a head and token: 0, 1, or key_dim."""
+    if decays > 1:
+        return 2 * size * math.log2(size) * heads * key_dim
+    return 2 * size * key_heads * key_dim
+
+
+def decay_flops(size: int, *, heads: int, decays: int) -> float:
+    """FLOPs of b for a position of a chunk of `size`: its sums are products with a triangle of ones."""
+    return 2 * size * heads * decays
 
 
 def cut_inputs(q: Array, k: Array, v: Array, g: Array | None, docs: Documents | None, size: int) -> Inputs:

@@ -48,6 +48,11 @@ def empty_cache(
     )
 
 
+def cache_bytes(capacity: int, heads: int, key_dim: int, value_dim: int, dtype: jnp.dtype) -> int:
+    """Bytes of a cache of one row: keys, values and a position in every slot, and the length."""
+    return capacity * (heads * (key_dim + value_dim) * jnp.dtype(dtype).itemsize + 4) + 4
+
+
 def emptied(cache: KVCache) -> KVCache:
     """An empty cache of the same shape."""
     batch, slots, heads, key_dim = cache.k.shape

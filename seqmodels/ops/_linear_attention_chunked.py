@@ -65,10 +65,15 @@ def chunked(
     With decay per channel `chunk_size` is rounded up to a power of two.
     """
     length = q.shape[1]
-    default = CHUNK_OF_WIDE_KEYS if q.shape[-1] >= WIDE_KEYS else DEFAULT_CHUNK
-    size = chunk_length(chunk_size, length, power_of_two=g is not None and g.ndim == 4, default=default)
+    size = chunk_of(length, q.shape[-1], chunk_size, per_channel=g is not None and g.ndim == 4)
     o, S, z = _run(cut_inputs(q, k, v, g, docs, size), S, z, scale)
     return joined(o, length, docs), S, z
+
+
+def chunk_of(length: int, key_dim: int, chunk_size: int | None, *, per_channel: bool) -> int:
+    """Positions per chunk. per_channel: whether every channel has a decay."""
+    default = CHUNK_OF_WIDE_KEYS if key_dim >= WIDE_KEYS else DEFAULT_CHUNK
+    return chunk_length(chunk_size, length, power_of_two=per_channel, default=default)
 
 
 def _forward(x: Chunk, S: Array, z: Array | None) -> tuple[Array, Array, Array | None]:

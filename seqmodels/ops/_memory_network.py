@@ -12,6 +12,7 @@ one definition serves plain weights and weights that change from row to row and 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,11 @@ class Norm(NamedTuple):
 
     scale: Array
     bias: Array
+
+
+def matrix_size(widths: Sequence[int]) -> int:
+    """Entries of the matrices of a network with these widths: keys, hidden layers, values."""
+    return sum(i * o for i, o in pairwise(widths))
 
 
 def linear(layer: Linear, x: Array) -> Array:

@@ -34,7 +34,8 @@ from jaxtyping import Float
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, Keys, SegmentIds, Values
 from seqmodels.ops import _dispatch, _scan
-from seqmodels.ops._aaren_chunked import AarenState, chunked
+from seqmodels.ops._aaren_chunked import AarenState, chunk_of, chunked
+from seqmodels.ops._chunks import positions_per_token
 from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
@@ -89,6 +90,17 @@ def aaren(
 def empty_state(batch: int, heads: int, value_dim: int) -> AarenState:
     """The state before the first token, in float32."""
     return AarenState(jnp.zeros((batch, heads)), jnp.zeros((batch, heads)), jnp.zeros((batch, heads, value_dim)))
+
+
+def aaren_flops(
+    length: int, *, heads: int, key_dim: int, value_dim: int, chunk_size: int | None = None, decoding: bool = False
+) -> float:
+    """FLOPs of matrix products for a token, in the chunked form over `length` tokens, or in a step."""
+    scores = 2 * heads * key_dim  # with the one query
+    if decoding:
+        return scores
+    size = chunk_of(length, chunk_size)
+    return scores + positions_per_token(length, size) * 2 * size * heads * value_dim  # P V
 
 
 def _initial_state(arrays: Inputs, options: Options) -> AarenState:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.triangular_inverse import inverse_flops
 from seqmodels.errors import InputError
 from seqmodels.notation import (
     Array,
@@ -40,7 +41,8 @@ from seqmodels.notation import (
 )
 from seqmodels.ops import _dispatch, _scan
 from seqmodels.ops._arguments import check_log_decay, check_qkv
-from seqmodels.ops._delta_rule_chunked import chunked
+from seqmodels.ops._chunks import chunk_length, decay_flops, positions_per_token, score_flops
+from seqmodels.ops._delta_rule_chunked import DEFAULT_CHUNK, chunked
 from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
 
@@ -93,6 +95,35 @@ def delta_rule(
 def zero_state(batch: int, heads: int, key_dim: int, value_dim: int) -> MatrixState:
     """The state before the first token, in float32."""
     return jnp.zeros((batch, heads, key_dim, value_dim))
+
+
+def delta_rule_flops(
+    length: int,
+    *,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    key_heads: int | None = None,
+    decays: int = 0,
+    chunk_size: int | None = None,
+    decoding: bool = False,
+) -> float:
+    """FLOPs of matrix products for a token, in the chunked form over `length` tokens, or in a step.
+
+    heads: those of v; key_heads: those of q and k, None for as many. decays: numbers of decay of a head and token: 0,
+    1, or key_dim. In a step k^T (v - k S) is element-wise work, which does not count.
+    """
+    state = 2 * heads * key_dim * value_dim
+    if decoding:
+        return 2 * state  # k S and q S
+    size = chunk_length(chunk_size, length, power_of_two=True, default=DEFAULT_CHUNK)
+    key_heads = key_heads or heads
+    scores = score_flops(size, heads=heads, key_heads=key_heads, key_dim=key_dim, decays=decays)
+    chunk = 2 * size * heads * value_dim
+    correction = scores + heads * inverse_flops(size) + chunk + state  # G, T, T diag(beta) E, K S
+    answer = scores + chunk + state  # A, A Y, Q S
+    sums = decay_flops(size, heads=heads, decays=decays)
+    return positions_per_token(length, size) * (correction + answer + state + sums)  # and K^T Y
 
 
 def _check(q: Array, k: Array, v: Array, beta: Array, g: Array | None) -> None:

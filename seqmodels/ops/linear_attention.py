@@ -48,7 +48,8 @@ from seqmodels.notation import (
 )
 from seqmodels.ops import _dispatch, _scan
 from seqmodels.ops._arguments import check_log_decay, check_qkv
-from seqmodels.ops._linear_attention_chunked import EPSILON, chunked
+from seqmodels.ops._chunks import decay_flops, positions_per_token, score_flops
+from seqmodels.ops._linear_attention_chunked import EPSILON, chunk_of, chunked
 from seqmodels.ops._linear_attention_kernels import KERNELS
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
@@ -118,6 +119,34 @@ def zero_state(batch: int, heads: int, key_dim: int, value_dim: int, *, normaliz
     """The state before the first token, in float32."""
     S = jnp.zeros((batch, heads, key_dim, value_dim))
     return NormalizedState(S, jnp.zeros((batch, heads, key_dim))) if normalize else S
+
+
+def linear_attention_flops(
+    length: int,
+    *,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    key_heads: int | None = None,
+    decays: int = 0,
+    normalize: bool = False,
+    chunk_size: int | None = None,
+    decoding: bool = False,
+) -> float:
+    """FLOPs of matrix products for a token, in the chunked form over `length` tokens, or in a step.
+
+    heads: those of v; key_heads: those of q and k, None for as many. decays: numbers of decay of a head and token: 0,
+    1, or key_dim. In a step k^T v is element-wise work, which does not count.
+    """
+    read = 2 * heads * key_dim * (value_dim + normalize)  # q S, and q z
+    if decoding:
+        return read
+    size = chunk_of(length, key_dim, chunk_size, per_channel=decays > 1)
+    key_heads = key_heads or heads
+    scores = score_flops(size, heads=heads, key_heads=key_heads, key_dim=key_dim, decays=decays)
+    answer, write = 2 * size * heads * value_dim, 2 * heads * key_dim * value_dim  # A V, K^T V
+    sums = decay_flops(size, heads=heads, decays=decays)
+    return positions_per_token(length, size) * (scores + answer + read + write + sums)
 
 
 def _check(q: Array, k: Array, v: Array, g: Array | None) -> None:

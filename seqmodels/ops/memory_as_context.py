@@ -21,7 +21,7 @@ causal model h_j with j > t would tell t what comes: (2) leaves it out.
 A segment is computed at once, segments one after another: what one writes the next one recalls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,11 +32,19 @@ from jaxtyping import Float, Int
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
 from seqmodels.ops import _dispatch, _scan, _tiles
+from seqmodels.ops._chunks import positions_per_token
 from seqmodels.ops._memory_network import Linear, Norm, Weights
 from seqmodels.ops._neural_memory_chunked import Memory, MiniBatch, in_slots
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
-from seqmodels.ops.neural_memory import NeuralMemoryState, fresh_state, neural_memory, recall
+from seqmodels.ops.neural_memory import (
+    NeuralMemoryState,
+    fresh_state,
+    neural_memory,
+    neural_memory_flops,
+    recall,
+    recall_flops,
+)
 from seqmodels.ops.softmax_attention import attend
 
 TIME_ARGS = ("q", "k", "v", "r")
@@ -116,6 +124,29 @@ def memory_as_context(
         backend=backend,
         exchange=exchange,
     )
+
+
+def memory_as_context_flops(
+    length: int,
+    *,
+    heads: int,
+    widths: Sequence[int],
+    segment: int,
+    mini_batch: int,
+    prefix: int = 0,
+    maps: float = 0.0,
+    decoding: bool = False,
+) -> float:
+    """FLOPs of matrix products for a token, a segment at a time over `length` tokens, or in a step.
+
+    widths: as for `neural_memory`; keys and values of the attention have as many channels as those of the memory.
+    prefix: tokens in front of a segment. maps: FLOPs of `context` and `written` for a token.
+    """
+    attended = 2 * heads * (widths[0] + widths[-1]) * (prefix + 2 * segment)  # masked pairs included
+    memory = {"heads": heads, "widths": widths, "mini_batch": mini_batch, "has_momentum": True}
+    written = neural_memory_flops(segment, **memory, decoding=decoding)
+    positions = 1 if decoding else positions_per_token(length, segment)
+    return positions * (recall_flops(heads, widths) + attended + maps + written)
 
 
 def _check(q: Array, k: Array, v: Array, r: Array, segment: int, mini_batch: int) -> None:

@@ -25,7 +25,7 @@ With m known, (4) is linear attention with decay g_t + m_{t-1} - m_t <= 0, whose
 last column of its state is n. That is the chunked form. m itself is a prefix scan over the gates alone.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from seqmodels.ops import _dispatch, _linear_attention_chunked, _scan
 from seqmodels.ops._arguments import check_log_decay, check_qkv
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
+from seqmodels.ops.linear_attention import linear_attention_flops
 
 EPSILON = 1e-6
 
@@ -93,6 +94,14 @@ def mlstm(
         exchange=exchange,
         causal=causal,
     )
+
+
+def mlstm_flops(length: int, *, heads: int, key_dim: int, value_dim: int, **how: Any) -> float:
+    """FLOPs of matrix products for a token: those of linear attention with a scalar decay, n one more value channel.
+
+    how: key_heads, chunk_size, decoding as for `linear_attention_flops`.
+    """
+    return linear_attention_flops(length, heads=heads, key_dim=key_dim, value_dim=value_dim + 1, decays=1, **how)
 
 
 def zero_state(batch: int, heads: int, key_dim: int, value_dim: int) -> MLSTMState:

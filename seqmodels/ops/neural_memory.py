@@ -34,8 +34,9 @@ diverges if and only if the largest eigenvalue of sum_j 2 theta_j k_j^T k_j over
 thetas that sum up to 1 are safe.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +47,8 @@ from seqmodels.errors import InputError, nearest
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
 from seqmodels.ops import _dispatch, _neural_memory_kernel, _scan, _tiles
 from seqmodels.ops._arguments import check_values
-from seqmodels.ops._memory_network import ACTIVATIONS, Linear, Norm, Weights, loss, read
+from seqmodels.ops._chunks import positions_per_token
+from seqmodels.ops._memory_network import ACTIVATIONS, Linear, Norm, Weights, loss, matrix_size, read
 from seqmodels.ops._neural_memory_chunked import Memory, MiniBatch, in_order, in_tiles
 from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
@@ -141,6 +143,40 @@ def neural_memory(
         backend=backend,
         exchange=exchange,
     )
+
+
+def recall_flops(heads: int, widths: Sequence[int]) -> float:
+    """FLOPs of M(q) for a token; widths as for `neural_memory_flops`."""
+    return 2 * heads * matrix_size(widths)
+
+
+def neural_memory_flops(
+    length: int,
+    *,
+    heads: int,
+    widths: Sequence[int],
+    mini_batch: int,
+    has_momentum: bool,
+    has_reach: bool = False,
+    decoding: bool = False,
+) -> float:
+    """FLOPs of matrix products for a token, in the chunked form over `length` tokens, or in a step.
+
+    widths: channels of the keys, of each hidden layer, and of the values. Forgetting, momentum and steps are
+    element-wise work on the weights, which does not count.
+    """
+    size = matrix_size(widths)
+    # The keys forward through R, and the error back to the second layer.
+    signals = 2 * size + 2 * (size - widths[0] * widths[1])
+    if decoding:
+        return heads * (signals + 2 * size + 2 * size)  # the gradient, x^T d of every layer; M(q)
+    memories = 1 + has_momentum  # W and S
+    # Where a mini-batch may be a part of one, R is kept beside W, and read where there is `reach`.
+    read = 2 * size * (memories + (has_reach and length % mini_batch > 0))
+    pairs = 2 * mini_batch * sum(i + o for i, o in pairwise(widths))  # Y X^T and its product with D
+    write = 2 * size * memories
+    gates = 2 * mini_batch * (mini_batch + 1) if has_momentum else 0  # N [m, M]
+    return positions_per_token(length, mini_batch) * heads * (signals + gates + read + pairs + write)
 
 
 def recall(

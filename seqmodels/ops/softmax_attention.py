@@ -39,7 +39,7 @@ from jaxtyping import Float
 from seqmodels.errors import InputError
 from seqmodels.notation import Array, Keys, Queries, SegmentIds, Values
 from seqmodels.ops import _cudnn_attention, _dispatch, _scan, _splash_attention
-from seqmodels.ops._blockwise_attention import IN_FRONT, Reach, blockwise_attention, product, reach, sees
+from seqmodels.ops._blockwise_attention import IN_FRONT, Reach, blockwise_attention, pairs_visited, product, reach, sees
 from seqmodels.ops._kv_cache import KVCache, append, emptied, empty_cache, enlarged
 from seqmodels.ops._op import Across, Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._ring_attention import Attention, Settings, gathered_attention, ring_attention
@@ -119,6 +119,30 @@ def softmax_attention(
         exchange=exchange,
         causal=causal,
     )
+
+
+def softmax_attention_flops(
+    length: int,
+    *,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    window: int | None = None,
+    sinks: int = 0,
+    prefix: int = 0,
+    chunk_size: int | None = None,
+    decoding: bool = False,
+) -> float:
+    """FLOPs of matrix products for a token: q k^T and P V, masked pairs included.
+
+    In the chunked form over `length` tokens, of the blocks that have pairs to see; in a step, of all slots of the
+    cache: `length` of them, with a window those of the window and the sinks. heads: those of q.
+    """
+    a_pair = 2 * heads * (key_dim + value_dim)
+    if decoding:
+        return a_pair * (prefix + (length if window is None else window + sinks))
+    how = {"prefix": prefix, "window": window, "sinks": sinks, "block": chunk_size or BLOCK}
+    return a_pair * pairs_visited(length, **how) / length
 
 
 def _check(q: Array, k: Array, v: Array, window: int | None, sinks: int, capacity: int | None) -> None:

@@ -30,7 +30,7 @@ from seqmodels.ops._arguments import check_values
 from seqmodels.ops._heads import times_heads
 from seqmodels.ops._op import Example, Inputs, Kernel, Options, SeqOp
 from seqmodels.ops._scan import Documents
-from seqmodels.ops.linear_attention import LINEAR_ATTENTION, LinearSummary, zero_state
+from seqmodels.ops.linear_attention import LINEAR_ATTENTION, LinearSummary, linear_attention_flops, zero_state
 
 
 def ssd(
@@ -75,6 +75,24 @@ def ssd(
         exchange=exchange,
         causal=causal,
     )
+
+
+def ssd_flops(
+    length: int,
+    *,
+    heads: int,
+    groups: int,
+    states: int,
+    channels: int,
+    chunk_size: int | None = None,
+    decoding: bool = False,
+) -> float:
+    """FLOPs of matrix products for a token: those of linear attention, equation (3).
+
+    states, channels: n and p above, rows and columns of a head's state.
+    """
+    sizes = {"heads": heads, "key_heads": groups, "key_dim": states, "value_dim": channels, "decays": 1}
+    return linear_attention_flops(length, **sizes, chunk_size=chunk_size, decoding=decoding)
 
 
 def _check(x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array | None) -> None:

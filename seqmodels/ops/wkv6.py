@@ -21,6 +21,7 @@ one position gives it, and no exponent becomes positive; one step of (2) at the 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from seqmodels.ops import _dispatch, _scan
 from seqmodels.ops._arguments import check_log_decay, check_qkv
 from seqmodels.ops._op import Example, Inputs, Options, SeqOp
 from seqmodels.ops._scan import Documents
-from seqmodels.ops.linear_attention import LINEAR_ATTENTION, zero_state
+from seqmodels.ops.linear_attention import LINEAR_ATTENTION, linear_attention_flops, zero_state
 
 
 def wkv6(
@@ -77,6 +78,16 @@ def wkv6(
         exchange=exchange,
         causal=causal,
     )
+
+
+def wkv6_flops(
+    length: int, *, heads: int, key_dim: int, value_dim: int, decoding: bool = False, **how: Any
+) -> float:
+    """FLOPs of matrix products for a token: those of linear attention with a decay per channel, and in the chunked form
+    those of q * u, which is a product in the program as well, and of its product with k. how: chunk_size as there."""
+    sizes = {"heads": heads, "key_dim": key_dim, "value_dim": value_dim}
+    read = linear_attention_flops(length, **sizes, decays=key_dim, decoding=decoding, **how)
+    return read if decoding else read + 2 * 2 * heads * key_dim
 
 
 def _check(q: Array, k: Array, v: Array, g: Array, u: Array) -> None:
