@@ -149,7 +149,7 @@ class _Running:
             if self._program.evaluation is not None:
                 self.folder.note_evaluation(self._program.evaluation)
                 if not self.folder.is_evaluated(self._program.evaluation):
-                    self.reason = "it wrote no result of this run's last step"
+                    self.reason = "wrote no result of the run's last step"
                     return self._fail(code)
         self._process = self._program = None
         left = programs_left(self.folder, self._evaluations)
