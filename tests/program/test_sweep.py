@@ -58,6 +58,8 @@ def play(tmp_path, monkeypatch):
     """Points by name, each with what it does in place of being trained."""
     root = tmp_path / "root"
     (root / "seqmodels" / "tools").mkdir(parents=True)
+    for package in ("seqmodels", "seqmodels/tools"):
+        (root / package / "__init__.py").write_text("")
     (root / "train.py").write_text(TRAIN)
     (root / "seqmodels" / "tools" / "evaluate.py").write_text(EVALUATE)
     monkeypatch.setattr(running, "ROOT", root)

@@ -32,20 +32,26 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise InputError("--sweep_dir is missing: expected the folder that the points go to")
     if options.up and options.pod is None:
         raise InputError("--up is given without --pod: expected the job file that those of the points are made from")
+    template = None
+    if options.pod is not None:
+        sys.path.append(str(ROOT))  # gcp is beside train.py, and is not installed
+        from gcp.job import read_job
+        from seqmodels.tools.sweep import pods
+
+        template = read_job(options.pod)
+        overrides = [*overrides, *template.gin]
     sweep = read_sweep(options.file, overrides)
     chosen = choose(sweep, options.only)
     folder = None if options.sweep_dir is None else SweepFolder(options.sweep_dir)
     if options.dry_run:
         list_points(chosen, folder)
     check_evaluations(sweep)
-    jobs = []
-    if options.pod is None:
-        resolved = _check(sweep, folder, reads_here if has_accelerators() else fits_here)
+    if template is not None:
+        fits = pods.fits(template)
     else:
-        from seqmodels.tools.sweep import pods
-
-        resolved = _check(sweep, folder, pods.fits(options.pod))
-        jobs = pods.pod_jobs(options.pod, sweep, chosen)
+        fits = reads_here if has_accelerators() else fits_here
+    resolved = _check(sweep, folder, fits)
+    jobs = pods.pod_jobs(options.pod, chosen, resolved) if template is not None else []
     if options.dry_run:
         print(f"{len(chosen)} of {len(sweep.points)} points; nothing is wrong with them; nothing was run")
         return EXIT_DONE
@@ -71,14 +77,15 @@ def _check(sweep: Sweep, folder: SweepFolder | None, fits: Callable[[TrainingJob
 def _run(sweep: Sweep, points: list[tuple[PointFolder, int]], options: argparse.Namespace) -> int:
     todo, refused = [], []
     for folder, _ in points:
-        failed = folder.failed
-        if failed is not None and options.retry:
-            print(f"retrying {folder.name}, which failed: {failed['reason']}")
-            folder.forget_failure()
-        elif failed is not None:
+        failed, left = folder.failed, programs_left(folder, sweep.evaluate)
+        if failed is not None and left and not options.retry:
             refused.append(folder)
             continue
-        if programs_left(folder, sweep.evaluate):
+        if failed is not None:
+            if left:
+                print(f"retrying {folder.name}, which failed: {failed['reason']}")
+            folder.forget_failure()
+        if left:
             todo.append(folder)
     skipped = len(points) - len(todo) - len(refused)
     print(
