@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from tqdm import tqdm
@@ -28,6 +28,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
     if options.jobs < 1:
         raise InputError(f"--jobs is {options.jobs}: expected at least 1")
+    environment = environment_of(options.jobs)
     if options.sweep_dir is None and not options.dry_run:
         raise InputError("--sweep_dir is missing: expected the folder that the points go to")
     if options.up and options.pod is None:
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         if jobs:
             pods.write_jobs(jobs, sweep, folder)
             return pods.send_jobs(jobs, folder) if options.up else EXIT_DONE
-        return _run(sweep, [(folder.point(x.name), resolved[x.name].steps) for x in chosen], options)
+        return _run(sweep, [(folder.point(x.name), resolved[x.name].steps) for x in chosen], options, environment)
 
 
 def _check(sweep: Sweep, folder: SweepFolder | None, fits: Callable[[TrainingJob], None]) -> dict[str, Resolved]:
@@ -74,7 +75,9 @@ def _check(sweep: Sweep, folder: SweepFolder | None, fits: Callable[[TrainingJob
     return resolved
 
 
-def _run(sweep: Sweep, points: list[tuple[PointFolder, int]], options: argparse.Namespace) -> int:
+def _run(
+    sweep: Sweep, points: list[tuple[PointFolder, int]], options: argparse.Namespace, environment: Mapping[str, str]
+) -> int:
     todo, refused = [], []
     for folder, _ in points:
         failed, left = folder.failed, programs_left(folder, sweep.evaluate)
@@ -94,7 +97,7 @@ def _run(sweep: Sweep, points: list[tuple[PointFolder, int]], options: argparse.
         flush=True,
     )
     with Progress(points, sweep.metric) as progress:
-        outcome = run_points(todo, sweep.evaluate, options.jobs, progress)
+        outcome = run_points(todo, sweep.evaluate, options.jobs, progress, environment=environment)
     for line in failures([folder for folder, _ in points]):
         print(line)
     if refused:
@@ -136,6 +139,16 @@ def list_points(points: Sequence[Point], folder: SweepFolder | None) -> None:
                 "done" if of_point.finished else "failed" if of_point.failed else "begun" if of_point.started else ""
             )
         print(f"{point.name}{f' ({state})' if state else ''}: {'; '.join(point.bindings)}")
+
+
+def environment_of(jobs: int) -> dict[str, str]:
+    """What points that run at a time need beside this program's environment. Raises `InputError`."""
+    if jobs == 1 or not has_accelerators():
+        return {}
+    if has_tpu_chips():
+        raise InputError(f"--jobs is {jobs}: expected 1, the TPUs of a machine belong to one program at a time")
+    # Otherwise each takes most of the GPU's memory at its start.
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}
 
 
 def has_accelerators() -> bool:
