@@ -65,6 +65,13 @@ def test_a_kill_before_the_config_was_written_leaves_a_folder_that_can_be_used(t
     assert (tmp_path / "config.gin").read_text() == CONFIG
 
 
+def test_what_a_sweep_says_of_its_point_may_be_there_first(tmp_path):
+    (tmp_path / "point.json").write_text("{}")
+    with RunDirectory(tmp_path) as run:
+        run.open("train.steps = 1\n")
+    assert (tmp_path / "point.json").read_text() == "{}"
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match=r"holds 'thesis\.tex' and no config\.gin"):

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from tqdm import tqdm
@@ -28,24 +28,31 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
     if options.jobs < 1:
         raise InputError(f"--jobs is {options.jobs}: expected at least 1")
+    environment = environment_of(options.jobs)
     if options.sweep_dir is None and not options.dry_run:
         raise InputError("--sweep_dir is missing: expected the folder that the points go to")
     if options.up and options.pod is None:
         raise InputError("--up is given without --pod: expected the job file that those of the points are made from")
+    template = None
+    if options.pod is not None:
+        sys.path.append(str(ROOT))  # gcp is beside train.py, and is not installed
+        from gcp.job import read_job
+        from seqmodels.tools.sweep import pods
+
+        template = read_job(options.pod)
+        overrides = [*overrides, *template.gin]
     sweep = read_sweep(options.file, overrides)
     chosen = choose(sweep, options.only)
     folder = None if options.sweep_dir is None else SweepFolder(options.sweep_dir)
     if options.dry_run:
         list_points(chosen, folder)
     check_evaluations(sweep)
-    jobs = []
-    if options.pod is None:
-        resolved = _check(sweep, folder, reads_here if has_accelerators() else fits_here)
+    if template is not None:
+        fits = pods.fits(template)
     else:
-        from seqmodels.tools.sweep import pods
-
-        resolved = _check(sweep, folder, pods.fits(options.pod))
-        jobs = pods.pod_jobs(options.pod, sweep, chosen)
+        fits = reads_here if has_accelerators() else fits_here
+    resolved = _check(sweep, folder, fits)
+    jobs = pods.pod_jobs(options.pod, chosen, resolved) if template is not None else []
     if options.dry_run:
         print(f"{len(chosen)} of {len(sweep.points)} points; nothing is wrong with them; nothing was run")
         return EXIT_DONE
@@ -56,7 +63,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         if jobs:
             pods.write_jobs(jobs, sweep, folder)
             return pods.send_jobs(jobs, folder) if options.up else EXIT_DONE
-        return _run(sweep, [(folder.point(x.name), resolved[x.name].steps) for x in chosen], options)
+        return _run(sweep, [(folder.point(x.name), resolved[x.name].steps) for x in chosen], options, environment)
 
 
 def _check(sweep: Sweep, folder: SweepFolder | None, fits: Callable[[TrainingJob], None]) -> dict[str, Resolved]:
@@ -68,17 +75,20 @@ def _check(sweep: Sweep, folder: SweepFolder | None, fits: Callable[[TrainingJob
     return resolved
 
 
-def _run(sweep: Sweep, points: list[tuple[PointFolder, int]], options: argparse.Namespace) -> int:
+def _run(
+    sweep: Sweep, points: list[tuple[PointFolder, int]], options: argparse.Namespace, environment: Mapping[str, str]
+) -> int:
     todo, refused = [], []
     for folder, _ in points:
-        failed = folder.failed
-        if failed is not None and options.retry:
-            print(f"retrying {folder.name}, which failed: {failed['reason']}")
-            folder.forget_failure()
-        elif failed is not None:
+        failed, left = folder.failed, programs_left(folder, sweep.evaluate)
+        if failed is not None and left and not options.retry:
             refused.append(folder)
             continue
-        if programs_left(folder, sweep.evaluate):
+        if failed is not None:
+            if left:
+                print(f"retrying {folder.name}, which failed: {failed['reason']}")
+            folder.forget_failure()
+        if left:
             todo.append(folder)
     skipped = len(points) - len(todo) - len(refused)
     print(
@@ -87,7 +97,7 @@ def _run(sweep: Sweep, points: list[tuple[PointFolder, int]], options: argparse.
         flush=True,
     )
     with Progress(points, sweep.metric) as progress:
-        outcome = run_points(todo, sweep.evaluate, options.jobs, progress)
+        outcome = run_points(todo, sweep.evaluate, options.jobs, progress, environment=environment)
     for line in failures([folder for folder, _ in points]):
         print(line)
     if refused:
@@ -129,6 +139,16 @@ def list_points(points: Sequence[Point], folder: SweepFolder | None) -> None:
                 "done" if of_point.finished else "failed" if of_point.failed else "begun" if of_point.started else ""
             )
         print(f"{point.name}{f' ({state})' if state else ''}: {'; '.join(point.bindings)}")
+
+
+def environment_of(jobs: int) -> dict[str, str]:
+    """What points that run at a time need beside this program's environment. Raises `InputError`."""
+    if jobs == 1 or not has_accelerators():
+        return {}
+    if has_tpu_chips():
+        raise InputError(f"--jobs is {jobs}: expected 1, the TPUs of a machine belong to one program at a time")
+    # Otherwise each takes most of the GPU's memory at its start.
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}
 
 
 def has_accelerators() -> bool:

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from seqmodels import config
 from seqmodels.errors import EXIT_DONE, InputError
 from seqmodels.files import told, write_file
 from seqmodels.parallel.mesh import mesh_sizes
+from seqmodels.tools.sweep.check import Resolved
 from seqmodels.tools.sweep.folder import SweepFolder
 from seqmodels.tools.sweep.points import Point, Sweep
 from seqmodels.tools.sweep.run import ROOT
@@ -35,49 +36,44 @@ class PodJob(NamedTuple):
     text: str
 
 
-def fits(template: Path) -> Callable[[TrainingJob], None]:
+def fits(template: Job) -> Callable[[TrainingJob], None]:
     """Raises `InputError` where a job cannot be split over the template's slices."""
-    pod = read_job(template)
 
     def fit(job: TrainingJob) -> None:
         axes = {name: getattr(job.mesh, name) for name in ("data", "fsdp", "seq", "tensor")}
-        sizes = mesh_sizes(pod.slices * pod.slice.devices, **axes, slices=pod.slices)
+        sizes = mesh_sizes(template.slices * template.slice.devices, **axes, slices=template.slices)
         types = (AxisType.Auto,) * len(sizes)
         job.check_fits(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types))
 
     return fit
 
 
-def pod_jobs(template: Path, sweep: Sweep, points: Sequence[Point]) -> list[PodJob]:
+def pod_jobs(template: Path, points: Sequence[Point], resolved: Mapping[str, Resolved]) -> list[PodJob]:
     """The points as jobs. Each has the template's name with the point's behind it, and as overrides of the template's
-    config all in which the point differs from that; the template's own overrides beat the point's.
+    config all in which the point differs from that.
 
-    Raises `InputError` where the template is wrong, or its config binds what a point does not.
+    resolved: the points' configs, the overrides of the template among them.
+
+    Raises `InputError` where two points would be one job, or the template's config binds what a point does not.
     """
     read_job(template)
     values = tomllib.loads(template.read_text())
     base = _text_of(ROOT / values["config"])
-    jobs, configs = [], {}
+    jobs, runs, names = [], {}, {}
     for point in points:
-        wanted = _text_of(sweep.file, [*sweep.overrides, *values.get("gin", [])], point)
-        other = configs.setdefault(wanted, point)
-        if other is not point:
-            raise InputError(f"{template}: its gin makes one run of {other.name} and {point.name}")
+        wanted = resolved[point.name].text
         gin = [line.replace(" = ", "=", 1) for line in _lines(wanted) if line not in _lines(base)]
         if _text_of(ROOT / values["config"], gin) != wanted:
-            more = config.diff(base, wanted).splitlines()
-            more = [line.removeprefix("- ").partition(" = ")[0] for line in more if line.startswith("- ")]
-            unwanted = next(name for name in more if not any(x.startswith(f"{name} = ") for x in _lines(wanted)))
+            extra = next(name for name in map(_binding, _lines(base)) if name not in map(_binding, _lines(wanted)))
             raise InputError(
-                f"{template}: its config {values['config']} binds {unwanted}, which {point.name} does not: expected "
-                "one that binds no more than every point, as configs/base.gin"
+                f"{template}: its config {values['config']} binds {extra}, which {point.name} does not: expected one "
+                "that binds no more than every point, as configs/base.gin"
             )
         ours = {**values, "name": _name(values["name"], point.name), "gin": gin}
+        for seen, key, what in ((runs, wanted, "one run"), (names, ours["name"], f"one name, {ours['name']}")):
+            if seen.setdefault(key, point) is not point:
+                raise InputError(f"{template}: the jobs of {seen[key].name} and {point.name} would have {what}")
         jobs.append(PodJob(point, make_job(ours), _toml(ours)))
-    names = [x.job.name for x in jobs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise InputError(f"two points would be jobs of the name {twice!r}: give an option another name")
     return jobs
 
 
@@ -126,10 +122,10 @@ def _put_point(x: PodJob, folder: SweepFolder) -> None:
         there.write(POINT, text)
 
 
-def _text_of(file: Path, overrides: Sequence[str] = (), point: Point | None = None) -> str:
-    """The config that a file, the statements of a point and overrides come to."""
+def _text_of(file: Path, overrides: Sequence[str] = ()) -> str:
+    """The config that a file and overrides come to."""
     try:
-        config.parse([file], overrides, texts=point.texts if point else (), apart="sweep")
+        config.parse([file], overrides)
         return config.config_text()
     finally:
         config.clear()
@@ -137,6 +133,10 @@ def _text_of(file: Path, overrides: Sequence[str] = (), point: Point | None = No
 
 def _lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line]
+
+
+def _binding(line: str) -> str:
+    return line.partition(" = ")[0]
 
 
 def _name(template: str, point: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_RESTART
+from seqmodels.files import told
 from seqmodels.tools.sweep import child
 from seqmodels.tools.sweep.folder import PointFolder
 from seqmodels.tools.sweep.points import result_of
@@ -146,11 +147,13 @@ class _Running:
                 return None
             if code != EXIT_DONE:
                 return self._ended_with(code)
-            if self._program.evaluation is not None:
-                self.folder.note_evaluation(self._program.evaluation)
-                if not self.folder.is_evaluated(self._program.evaluation):
-                    self.reason = "it wrote no result of this run's last step"
-                    return self._fail(code)
+            evaluation = self._program.evaluation
+            if evaluation is None and self.folder.finished is None:
+                return self._fail(code, "ended, and the run is not finished")
+            if evaluation is not None:
+                self.folder.note_evaluation(evaluation)
+                if not self.folder.is_evaluated(evaluation):
+                    return self._fail(code, "wrote no result of the run's last step")
         self._process = self._program = None
         left = programs_left(self.folder, self._evaluations)
         if not left:
@@ -169,7 +172,7 @@ class _Running:
         cores = ",".join(map(str, self._cores)) or "-"
         starter = [sys.executable, child.__file__, cores, str(os.getpid()), *program.command]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        with self.folder.log.open("ab") as log:
+        with told(f"cannot write {self.folder.log}", self.folder.log), self.folder.log.open("ab") as log:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             log.write(f"--- {now} {shlex.join(['python', *program.command])}\n".encode())
             log.flush()
@@ -188,14 +191,13 @@ class _Running:
         if code == EXIT_RESTART or (asked and code in (-signal.SIGTERM, -signal.SIGKILL)):
             self.reason = "" if asked else f"{self._program.name} ended with {code}: to be started again"
             return "stopped"
-        self.reason = f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        return self._fail(code)
+        return self._fail(code, f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}")
 
-    def _fail(self, code: int) -> str:
+    def _fail(self, code: int, how: str) -> str:
         with self.folder.log.open("rb") as log:
             log.seek(self._log_from)
             lines = [line.rstrip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        self.reason = f"{self._program.name} {self.reason}"
+        self.reason = f"{self._program.name} {how}"
         self.folder.fail(
             program=self._program.name,
             code=code,
@@ -208,10 +210,10 @@ class _Running:
 
 def _telling(lines: list[str]) -> list[str]:
     """The end of what a program has said, the error first where it has told one."""
-    told = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     raised = [number for number, line in enumerate(lines) if line.startswith("Traceback ")]
-    if told:
-        return lines[told[-1] :][:_LAST_LINES]
+    if errors:
+        return lines[errors[-1] :][:_LAST_LINES]
     if raised:
         after = range(raised[-1] + 1, len(lines))
         return lines[next((number for number in after if not lines[number][:1].isspace()), -1) :][:_LAST_LINES]
