@@ -45,8 +45,8 @@ def precision_floor(dtype: jnp.dtype) -> float:
     return float(jnp.finfo(dtype).eps) + 2**5 * FLOAT32
 
 # What a layer declares of its FLOPs, products alone, against what XLA counts, which is never less and has element-wise
-# work too. An element of a product over n terms is 2 n FLOPs, here of at least 64 (a chunk), and is worked on by at most
-# 8 element-wise operations. In a step the state is more than what is read of it: each of its elements meets up to 12
-# (decay, write, momentum, the change of the weights at a mini-batch's end).
+# work too. An element of a product over n terms takes 2 n FLOPs, with n at least 64 (a chunk), and meets at most 8
+# element-wise operations. In a step these are on the state as well, up to 12 for each of its elements: decay, momentum,
+# write, and the choice of what a mini-batch starts from.
 ELEMENTWISE_SHARE = 8 / (2 * 64)
 ELEMENTWISE_OF_STATE = 12
