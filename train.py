@@ -6,6 +6,7 @@ The same command goes on where a run was stopped or killed, and says so when the
 """
 
 import argparse
+import json
 import os
 from typing import Any
 
@@ -19,7 +20,7 @@ from seqmodels.constructors import register_constructors
 from seqmodels.errors import EXIT_DONE, EXIT_RESTART, run_main
 from seqmodels.evaluation.generation import Sampling, encode_prompt, generate, until_separator
 from seqmodels.files import write_file
-from seqmodels.models.accounting import flops_per_token, parameter_count
+from seqmodels.models.accounting import model_costs
 from seqmodels.parallel.ending import run_as_one
 from seqmodels.parallel.mesh import describe_mesh, replicated, rows_of_process
 from seqmodels.parallel.partition import partition_table
@@ -117,8 +118,9 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
 
     model = job.model
     parameters = parameter_shapes(model, job.seq_len)
-    forward_flops = flops_per_token(model, job.seq_len)
-    say(f"model: {parameter_count(parameters):,} parameters, {forward_flops:,.0f} FLOPs per token forward")
+    costs = model_costs(model, job.seq_len)
+    forward_flops = costs["flops_per_token"]
+    say(f"model: {costs['parameters']:,} parameters, {forward_flops:,.0f} FLOPs per token forward")
     transform = job.optimizer.build(parameters, job.steps)
     layout = {"seq_len": job.seq_len, "mesh": mesh, "rules": job.mesh.rules}
     shapes = state_shapes(model, transform, **layout)
@@ -127,8 +129,10 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     run.open(config.config_text())
     run.write_operative_config(config.operative_config())
     say(f"run directory: {run.path}")
-    if jax.process_index() == 0 and len(devices) > 1:
-        write_file(run.path / "parameters.txt", partition_table(shapes.params, shardings_of(shapes.params)) + "\n")
+    if jax.process_index() == 0:
+        write_file(run.path / "costs.json", json.dumps(costs, indent=1) + "\n")
+        if len(devices) > 1:
+            write_file(run.path / "parameters.txt", partition_table(shapes.params, shardings_of(shapes.params)) + "\n")
 
     train_step = job.train_step(mesh, shapes)
     evaluate = make_evaluator(

@@ -29,6 +29,8 @@ TOLERANCES: dict[str, float] = {
     "model": 2**12 * FLOAT32,
     # Another library's model in float32 against ours: logits of size 2, each side off by the error of a stack.
     "published": 1e-4,
+    # Declared FLOPs against those counted of the program: both are sums of whole numbers, divided by the tokens.
+    "flops": 2**5 * FLOAT64,
     # One program with and without fusion, in float32: contraction of products and sums, and their order, 2**5.
     "jit": 2**5 * FLOAT32,
 }
@@ -41,3 +43,10 @@ PRECISION_MULTIPLE = 4.0
 
 def precision_floor(dtype: jnp.dtype) -> float:
     return float(jnp.finfo(dtype).eps) + 2**5 * FLOAT32
+
+# What a layer declares of its FLOPs, products alone, against what XLA counts, which is never less and has element-wise
+# work too. An element of a product over n terms takes 2 n FLOPs, with n at least 64 (a chunk), and meets at most 8
+# element-wise operations. In a step these are on the state as well, up to 12 for each of its elements: decay, momentum,
+# write, and the choice of what a mini-batch starts from.
+ELEMENTWISE_SHARE = 8 / (2 * 64)
+ELEMENTWISE_OF_STATE = 12

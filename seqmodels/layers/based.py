@@ -29,6 +29,12 @@ class Based(QKVMixer):
     def qkv_widths(self) -> tuple[int, int, int]:
         return self.num_heads * self.feature_dim, self.num_heads * self.feature_dim, self.d_model
 
+    @property
+    def state_features(self) -> int:
+        """Rows of a head's state."""
+        d = self.feature_dim
+        return 1 + d + d * (d + 1) // 2
+
     def setup(self) -> None:
         self.divide(self.d_model, self.num_heads, "d_model")
         super().setup()
@@ -43,12 +49,6 @@ class Based(QKVMixer):
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         dims = (self.num_heads, self.state_features, self.d_model // self.num_heads)
         return self.state_around(zero_state(batch_size, *dims, normalize=True), batch_size)
-
-    @property
-    def state_features(self) -> int:
-        """Rows of a head's state."""
-        d = self.feature_dim
-        return 1 + d + d * (d + 1) // 2
 
     def state_bytes(self, length: int = 0) -> int:
         value_dim = self.d_model // self.num_heads

@@ -74,7 +74,7 @@ class ParallelMixers(nn.Module):
         return sum(outputs) / len(outputs), after
 
 
-def _names(mixers: Sequence[str | Callable[..., Mixer]]) -> list[str]:
+def mixer_names(mixers: Sequence[str | Callable[..., Mixer]]) -> list[str]:
     """The mixers' names; those of several mixers of one name are numbered from the second on."""
     names = [mixer if isinstance(mixer, str) else getattr(mixer, "__name__", "mixer") for mixer in mixers]
     before = [names[:i].count(name) for i, name in enumerate(names)]
@@ -121,7 +121,7 @@ class Block(nn.Module):
             return make(self.mixer, **linen)
         if not self.mixer:
             raise InputError("pattern has an empty tuple; expected the names of mixers to run side by side")
-        side_by_side = {name: make(mixer, parent=None) for name, mixer in zip(_names(self.mixer), self.mixer)}
+        side_by_side = {name: make(mixer, parent=None) for name, mixer in zip(mixer_names(self.mixer), self.mixer)}
         return ParallelMixers(side_by_side, **dtypes, **linen)
 
     @nn.compact

@@ -2,6 +2,7 @@
 
     config.gin               the resolved bindings this run was started with; another config is refused
     operative_config.gin     the bindings that were in fact used, defaults included
+    costs.json               parameters, FLOPs and bytes of state, see `seqmodels.models.accounting.model_costs`
     environment.json         one entry per start: time, command line, source revision, versions, platform
     metrics.jsonl            one JSON object per line, each with its step
     tensorboard/             event files

@@ -58,6 +58,7 @@ def test_a_toy_mixer_is_three_files_and_an_entry(tmp_path):
     for laws, cases in ((OP_LAWS, ops), (LAYER_LAWS, layers)):
         for name in (f"{case}: {law}" for case in cases for law in laws if case.is_asked(law)):
             assert any(f"test_law[{name}]" in line for line in passed), f"{name} did not run"
+    assert any("test_costs.py" in line for line in passed), "what it declares of its costs was not checked"
     assert any("moving_average.gin" in line for line in passed), "its config was not built"
     rows = [row for row in (tmp_path / "laws.md").read_text().splitlines() if row.startswith("| `moving_average`")]
     assert len(rows) == 2, "the table of laws has a row for the operator and one for the layer"

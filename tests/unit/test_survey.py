@@ -122,11 +122,12 @@ def test_the_table_of_the_readme_is_true(mixer):
 
 
 def test_costs_are_counted():
-    """Of softmax attention by hand: four projections, and for a token the products with keys and with values."""
+    """Of softmax attention by hand: four projections, and for a token the products with keys and with values: with all
+    2,048 of them, and in training with those of its block of 128 and of the blocks before."""
     found = costs.cost(MIXERS["softmax_attention"])
-    projections, products = 4 * 2 * 512 * 512, 2 * 2 * 512 * 2048
-    assert found.decode == f"{(projections + products) / 1e6:.2f}"
-    assert found.train == f"{3 * (projections + products) / 1e6:.2f}"
+    projections, a_key, mean = 4 * 2 * 512 * 512, 2 * 2 * 512, 128 * (1 + 16) / 2
+    assert found.decode == f"{(projections + 2048 * a_key) / 1e6:.2f}"
+    assert found.train == f"{3 * (projections + mean * a_key) / 1e6:.2f}"
     assert found.state_bytes == f"{2 * 512 * 4 + 4:,} a token"
 
 

@@ -1,31 +1,26 @@
-"""The subcommand `table`: what a layer of each mixer costs, counted in shapes, as the README's rows."""
+"""The subcommand `table`: what a layer of each mixer costs, as it declares, as the README's rows."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from seqmodels.errors import InputError
-from seqmodels.models.accounting import flops
 from seqmodels.registry import MIXERS, Entry
 from seqmodels.tools.survey.views import Table
 
 WIDTH, LENGTH = 512, 2048
 
 DESCRIPTION = f"""\
-What a layer of each mixer costs with d_model = {WIDTH} and its other fields by default, counted in shapes: nothing is
-run.
+What a layer of each mixer costs with d_model = {WIDTH} and its other fields by default, as it declares: nothing is run.
 
   forms        r recurrent, c chunked, p parallel
   state bytes  of one sequence, in float32, with the state of short convolutions and the place in the document
   decode       million FLOPs to decode a token: matrix products and convolutions, element-wise work left out
   train        million FLOPs to train on a token: three times those of a forward pass, in sequences of {LENGTH:,}
 
-A cache that grows is told by the token, its decode is after {LENGTH:,} tokens, and its training is counted in the
-parallel form, masked pairs included: how many blocks of them the chunked form leaves out is known at run time alone."""
+A cache that grows is told by the token, and its decode is that of token number {LENGTH:,}. Attention counts the pairs
+of the blocks that it visits, masked ones included."""
 
 COLUMNS = ("forms", "state bytes", "decode", "train")
 
@@ -40,32 +35,16 @@ class Cost(NamedTuple):
 
 
 def cost(entry: Entry) -> Cost:
-    """Of one layer, from its shapes alone."""
+    """Of one layer."""
     layer = entry.layer(d_model=WIDTH)
-    quadratic = entry.op.state_grows and "parallel" in entry.op.forms
-    trained = entry.layer(d_model=WIDTH, form="parallel") if quadratic else layer
-    short, long = (_state_bytes(layer, capacity) for capacity in (LENGTH, 2 * LENGTH))
-    grows = long != short
+    short, long = layer.state_bytes(LENGTH), layer.state_bytes(2 * LENGTH)
     forms = dict.fromkeys(["recurrent", *entry.op.forms])
     return Cost(
         " ".join(name[0] for name in forms),
-        f"{(long - short) // LENGTH:,} a token" if grows else f"{short:,}",
-        f"{_flops(layer, 1, LENGTH) / 1e6:.2f}",
-        f"{3 * _flops(trained, LENGTH, None) / LENGTH / 1e6:.2f}",
+        f"{(long - short) // LENGTH:,} a token" if long != short else f"{short:,}",
+        f"{layer.flops_per_token(LENGTH, decoding=True) / 1e6:.2f}",
+        f"{3 * layer.flops_per_token(LENGTH) / 1e6:.2f}",
     )
-
-
-def _state_bytes(layer, capacity: int) -> int:
-    state = jax.eval_shape(lambda: layer.initial_state(1, capacity))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def _flops(layer, length: int, capacity: int | None) -> float:
-    """Of a forward pass; capacity: go on from a state made for so many tokens, None starts a stream."""
-    x = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32)
-    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
-    state = None if capacity is None else jax.eval_shape(lambda: layer.initial_state(1, capacity))
-    return flops(layer.apply, variables, x, state)
 
 
 def table(mixers: Sequence[str]) -> Table:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from seqmodels.ops.moving_average import moving_average
 
-from seqmodels.layers._mixer import Mixer, MixerState, Stream, start_cursor
+from seqmodels.layers._mixer import CURSOR_BYTES, FLOAT32, Mixer, MixerState, Stream, dense_flops, start_cursor
 from seqmodels.notation import Activations, Array
 
 
@@ -26,3 +26,9 @@ class MovingAverage(Mixer):
 
     def initial_state(self, batch_size: int, capacity: int | None = None) -> MixerState:
         return {"cursor": start_cursor(batch_size), "memory": jnp.zeros((batch_size, self.d_model))}
+
+    def state_bytes(self, length: int = 0) -> int:
+        return CURSOR_BYTES + FLOAT32 * self.d_model
+
+    def flops_per_token(self, length: int, *, decoding: bool = False) -> float:
+        return 3 * dense_flops(self.d_model, self.d_model)
