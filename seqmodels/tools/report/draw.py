@@ -1,8 +1,8 @@
 """How the pictures of a report look.
 
 Of up to 21 lines each is known by its marker alone, and by its colour and its dashes together. The colours are those of
-Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart, without the yellow, which is hard to
-see on white.
+Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart, without the yellow, which is hard
+to see on white.
 """
 
 import io
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "1", "2", "3", "4", "+", "x", "|")
+DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)))
+# Filled, then with a white face, then other ones.
+MARKERS = tuple((marker, filled) for filled in (True, False) for marker in "os^DvPX")
+MARKERS += (*((marker, True) for marker in ("<", ">", "*", "d", "p", "+", "x")),)
 # Of a curve with many points, so many get a marker.
 MARKED = 7
 COLUMNS = 4
@@ -36,13 +38,8 @@ class Look(NamedTuple):
 
 def look(number: int) -> Look:
     """Of the line of this number."""
-    round_ = number // len(COLOURS)
-    return Look(
-        COLOURS[number % len(COLOURS)],
-        DASHES[round_ % len(DASHES)],
-        MARKERS[number % len(MARKERS)],
-        filled=round_ % 2 == 0,
-    )
+    dashes = DASHES[number // len(COLOURS) % len(DASHES)]
+    return Look(COLOURS[number % len(COLOURS)], dashes, *MARKERS[number % len(MARKERS)])
 
 
 def check() -> None:
@@ -80,9 +77,8 @@ def _panels(picture: Picture) -> "Figure":
         if panel.title:
             ax.set_title(panel.title, fontsize=9)
         ax.grid(alpha=0.3, linewidth=0.6)
-    if picture.y_log:
-        axes[0].set_yscale("log")
     _x_axis(axes, picture)
+    _y_axis(axes, picture)
     _outer_labels(axes, shape, len(picture.panels), picture.x_label, picture.y_label)
     if n_named > 1:
         named = [(handles[of], of) for of in picture.lines if of in handles]
@@ -98,7 +94,8 @@ def _line(ax: "Axes", line: Any, look: Look, picture: Picture) -> Any:
         linestyle="none" if picture.x_scale == "names" else look.dashes,
         linewidth=1.4,
         marker=look.marker,
-        markersize=5.5,
+        markersize=5.5 if look.marker not in "*+x" else 7,
+        markeredgewidth=1.2,
         markerfacecolor=look.colour if look.filled else "white",
         # Lines that lie on each other have their markers in other places.
         markevery=_every(len(line.x), picture.lines.index(line.of)) if picture.dense else None,
@@ -124,7 +121,7 @@ def _maps(picture: HeatMaps) -> "Figure":
     shape, size = _grid(len(picture.maps), width=width, height=height)
     drawn, axes = _figure(shape, (size[0] + 1, size[1]), sharex=False, sharey=False)
     known = [x for map_ in picture.maps for row in map_.values for x in row if x is not None]
-    share = 0 <= min(known) and max(known) <= 1
+    share = min(known) >= 0 and max(known) <= 1
     least, most = (0, 1) if share else (min(known), max(known))
     for ax, map_ in zip(axes, picture.maps):
         values = [[math.nan if x is None else x for x in row] for row in map_.values]
@@ -134,7 +131,8 @@ def _maps(picture: HeatMaps) -> "Figure":
         ax.set_xticks(*_some([_size(x) for x in map_.x], 6), fontsize=8)
         ax.set_yticks(*_some([label(y) for y in map_.y], 8), fontsize=8)
     _outer_labels(axes, shape, len(picture.maps), picture.x_label, picture.y_label)
-    drawn.colorbar(shown, ax=list(axes[: len(picture.maps)]), label=picture.value_label, shrink=0.9, aspect=30)
+    bar = min(0.9, 5 / size[1])
+    drawn.colorbar(shown, ax=list(axes[: len(picture.maps)]), label=picture.value_label, shrink=bar, aspect=30)
     return drawn
 
 
@@ -185,7 +183,8 @@ def _x_axis(axes: Sequence["Axes"], picture: Picture) -> None:
             ax.xaxis.set_major_locator(MaxNLocator(5))
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         return
-    ticks, name = (_powers(at), _bytes) if picture.x_scale == "bytes" else (_apart(at), _size)
+    most = 8 if len(picture.panels) == 1 else 6
+    ticks, name = (_powers(at), _bytes) if picture.x_scale == "bytes" else (_apart(at, most), _size)
     room = (max(at) / min(at)) ** 0.06 if max(at) > min(at) else 1.5
     for ax in axes:
         ax.set_xscale("log", base=2)
@@ -195,7 +194,21 @@ def _x_axis(axes: Sequence["Axes"], picture: Picture) -> None:
         ax.xaxis.set_major_formatter(lambda x, _: name(x))
 
 
-def _apart(at: Sequence[float], most: int = 6) -> list[float]:
+def _y_axis(axes: Sequence["Axes"], picture: Picture) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    if not picture.y_log:
+        return
+    axes[0].set_yscale("log")
+    if picture.y_label.endswith("(bytes)"):
+        values = sorted(y for panel in picture.panels for line in panel.lines for y in line.y)
+        for ax in axes:
+            ax.yaxis.set_major_locator(FixedLocator(_powers(values, 8)))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_formatter(lambda y, _: _bytes(y))
+
+
+def _apart(at: Sequence[float], most: int) -> list[float]:
     """Those that are far enough from the one before, on a logarithmic axis, for a name below each."""
     least = (max(at) / min(at)) ** (1 / most)
     found = [at[0]]
@@ -209,10 +222,9 @@ def _powers(at: Sequence[float], most: int = 5) -> list[float]:
     """Powers of two among these, or where there are too few, the least and the largest of them."""
     low, high = math.ceil(math.log2(min(at))), math.floor(math.log2(max(at)))
     step = max(1, math.ceil((high - low + 1) / most))
-    # Whole steps of ten fall on KiB and MiB.
     first = -(-low // step) * step
     found = [2.0**power for power in range(first, high + 1, step)]
-    return found if len(found) > 1 else _apart([min(at), max(at)] if max(at) > 1.2 * min(at) else [min(at)])
+    return found if len(found) > 1 else [min(at), max(at)] if max(at) > 1.2 * min(at) else [min(at)]
 
 
 def _bytes(x: float) -> str:

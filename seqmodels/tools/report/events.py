@@ -41,6 +41,9 @@ class Times(NamedTuple):
         return found
 
 
+NO_TIMES = Times(0.0, {})
+
+
 def read_times(folder: "epath.Path") -> Times:
     """Of the event files in a folder, one for each start of the program; zero seconds where there are none."""
     seconds, speeds = 0.0, {}

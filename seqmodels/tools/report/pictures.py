@@ -201,8 +201,9 @@ class _View:
         found = []
         suites = dict.fromkeys(suite for row in self.rows for point in row.points for suite in point.evaluations)
         for suite in suites:
-            tables = [point.evaluations[suite] for row in self.rows for point in row.points if suite in point.evaluations]
-            first = tables[0]
+            first = next(
+                point.evaluations[suite] for row in self.rows for point in row.points if suite in point.evaluations
+            )
             keys, units = _keys(first), first.get("units", {})
             # Of a second number there is a map, of each name another picture.
             second = next((key for key in keys[1:] if not _names(first, key)), None)
@@ -362,9 +363,9 @@ def _collect(
 
 
 def _spans(values: Iterable[float]) -> bool:
-    """Whether they are positive and too far apart for a linear axis."""
+    """Whether they are positive and too far apart for a linear axis, which shares of a whole are not."""
     values = [value for value in values if value == value]
-    return bool(values) and min(values) > 0 and max(values) > 30 * min(values)
+    return bool(values) and min(values) > 0 and max(values) > max(1, 30 * min(values))
 
 
 def _parts(name: str, things: Sequence[Any], most: int) -> list[tuple[str, Sequence[Any]]]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from seqmodels.errors import InputError, nearest
 from seqmodels.files import list_folder, to_path, told
-from seqmodels.tools.report.events import Times, read_times
+from seqmodels.tools.report.events import NO_TIMES, Times, read_times
 from seqmodels.training.run_directory import read_metrics
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Point:
     rows: Sequence[dict[str, Any]] = ()
     costs: dict[str, Any] = dataclasses.field(default_factory=dict)
     starts: Sequence[dict[str, Any]] = ()
-    times: Times = Times(0.0, {})
+    times: Times = NO_TIMES
     evaluations: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def result(self, name: str) -> float | None:
@@ -254,9 +254,8 @@ def _sizes(path: "epath.Path") -> dict[str, int]:
     """batch_size, seq_len and steps of `train`."""
     with told(f"cannot read {path}", path):
         text = path.read_text() if path.exists() else ""
-    return {
-        name: int(value) for name, value in re.findall(r"^train\.(batch_size|seq_len|steps) = (\d+)$", text, re.MULTILINE)
-    }
+    found = re.findall(r"^train\.(batch_size|seq_len|steps) = (\d+)$", text, re.MULTILINE)
+    return {name: int(value) for name, value in found}
 
 
 def _check_one_sweep(folder: "epath.Path", descriptions: Sequence[dict[str, Any]], points: Sequence[Point]) -> None:

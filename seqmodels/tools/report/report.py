@@ -67,7 +67,8 @@ class Report(NamedTuple):
 
     @property
     def commands(self) -> str:
-        return f"python -m seqmodels.tools.sweep {self.sweep.file} --sweep_dir DIR\npython -m seqmodels.tools.report DIR"
+        sweep = f"python -m seqmodels.tools.sweep {self.sweep.file} --sweep_dir DIR"
+        return f"{sweep}\npython -m seqmodels.tools.report DIR"
 
     def text(self) -> str:
         """For a terminal."""

@@ -140,6 +140,7 @@ def _condition(start: dict) -> str:
     source, packages = start.get("source") or {}, start.get("packages") or {}
     revision = str(source.get("revision") or "unknown")[:12]
     changed = " with local changes" if source.get("changed") else ""
-    versions = [f"{name} {packages[name]}" for name in _PACKAGES if name in packages]
+    versions = [f"Python {start.get('python', 'unknown')}"]
+    versions += [f"{name} {packages[name]}" for name in _PACKAGES if name in packages]
     machine = [start[name] for name in ("devices", "processor", "platform") if start.get(name)]
-    return ", ".join([f"seqmodels {revision}{changed}", f"Python {start.get('python', 'unknown')}", *versions, *machine])
+    return ", ".join([f"seqmodels {revision}{changed}", *versions, *machine])
