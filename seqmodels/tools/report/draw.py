@@ -68,7 +68,8 @@ def _panels(picture: Picture) -> "Figure":
     shape, size = _grid(len(picture.panels), width=3.3, height=2.9)
     n_named = sum(of in {line.of for panel in picture.panels for line in panel.lines} for of in picture.lines)
     legend = 0.6 + 0.085 * max(map(len, picture.lines)) if n_named > 1 else 0
-    drawn, axes = _figure(shape, (size[0] + legend, max(size[1], 0.19 * n_named + 0.5)), sharex=True, sharey=True)
+    size = size[0] + legend, max(size[1], 0.19 * n_named + 0.5)
+    drawn, axes = _figure(shape, size, sharex=not picture.dense, sharey=True)
     looks = {of: look(i) for i, of in enumerate(picture.lines)}
     handles = {}
     for ax, panel in zip(axes, picture.panels):
@@ -121,8 +122,7 @@ def _maps(picture: HeatMaps) -> "Figure":
     shape, size = _grid(len(picture.maps), width=width, height=height)
     drawn, axes = _figure(shape, (size[0] + 1, size[1]), sharex=False, sharey=False)
     known = [x for map_ in picture.maps for row in map_.values for x in row if x is not None]
-    share = min(known) >= 0 and max(known) <= 1
-    least, most = (0, 1) if share else (min(known), max(known))
+    least, most = _whole(min(known), max(known), picture.value_label)
     for ax, map_ in zip(axes, picture.maps):
         values = [[math.nan if x is None else x for x in row] for row in map_.values]
         # Cividis looks the same to the colour-blind, and is ordered without colour.
@@ -134,6 +134,12 @@ def _maps(picture: HeatMaps) -> "Figure":
     bar = min(0.9, 5 / size[1])
     drawn.colorbar(shown, ax=list(axes[: len(picture.maps)]), label=picture.value_label, shrink=bar, aspect=30)
     return drawn
+
+
+def _whole(least: float, most: float, name: str) -> tuple[float, float]:
+    """The range of a scale of colours: of shares all that there is."""
+    whole = 100 if name.endswith("(%)") else 1
+    return (0, whole) if least >= 0 and most <= whole else (least, most)
 
 
 def _figure(shape: tuple[int, int], size: tuple[float, float], **share: bool) -> tuple["Figure", list["Axes"]]:

@@ -5,7 +5,7 @@ that is neither the width nor the length); `d_model` and `seq_len` are drawn alo
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from seqmodels.tools.report.points import EVALUATED, Label, Point, Sweep
@@ -201,71 +201,61 @@ class _View:
         found = []
         suites = dict.fromkeys(suite for row in self.rows for point in row.points for suite in point.evaluations)
         for suite in suites:
-            first = next(
-                point.evaluations[suite] for row in self.rows for point in row.points if suite in point.evaluations
-            )
-            keys, units = _keys(first), first.get("units", {})
-            # Of a second number there is a map, of each name another picture.
-            second = next((key for key in keys[1:] if not _names(first, key)), None)
-            names = [key for key in keys[1:] if key != second]
-            values = [c for c in first["rows"][0] if c not in keys and not _names(first, c)] if first["rows"] else []
-            for column in values:
-                for chosen in _combinations(first, names):
-                    parts = [suite, column, *map(label, chosen.values())]
-                    name = "_".join(_file_name(part) for part in dict.fromkeys(parts))
-                    what = ", ".join([_words(column), *(f"{key} {label(x)}" for key, x in chosen.items())])
-                    arguments = (suite, name, what, first["x"], column, units, chosen)
-                    found += self._maps(*arguments, second) if second else self._by_x(*arguments)
+            tables = [x for row in self.rows for point in row.points if (x := point.evaluations.get(suite))]
+            if tables[0]["rows"]:
+                found += self._evaluation(suite, tables)
         return found
 
-    def _by_x(
-        self, suite: str, name: str, what: str, x: str, column: str, units: dict[str, str], chosen: dict[str, Label]
-    ) -> list[Picture]:
+    def _evaluation(self, suite: str, tables: Sequence[dict[str, Any]]) -> Iterator[Picture | HeatMaps]:
+        """A picture of each measurement; of each of a key's values where that is neither x nor the map's y."""
+        first = tables[0]
+        notes = first.get("notes", []) if all(x.get("notes") == first.get("notes") for x in tables) else []
+        keys = _keys(first)
+        second = first["y"] if "y" in first else next((key for key in keys[1:] if _is_range(first, key)), None)
+        rest = [key for key in keys if key not in (first["x"], second)]
+        for column in (x for x in _columns(first) if x not in (*keys, second) and _has_numbers(first, x)):
+            for chosen in _combinations(first, rest):
+                name = "_".join(map(_file_name, dict.fromkeys([suite, column, *map(label, chosen.values())])))
+                what = ", ".join([_words(column), *(f"{_words(key)} {label(x)}" for key, x in chosen.items())])
+                asked = _Asked(suite, name, what, first["x"], second, column, chosen, first.get("units", {}), notes)
+                yield from self._maps(asked) if second else self._by_x(asked)
+
+    def _by_x(self, asked: "_Asked") -> list[Picture]:
         axes, panels = self.others(), []
         for labels, within in panels_of(self.rows, axes).items():
             lines = []
             for row in within:
-                values = _collect(row.points, suite, (x,), column, chosen)
+                values = _collect(row.points, asked, (asked.x,))
                 if values:
-                    at = [x[0] for x in values]
-                    ends = [[end(values[i,]) for i in at] for end in (statistics.fmean, min, max)]
-                    lines.append(Line(self.line_of(row), at, *ends))
+                    ends = [[end(some) for some in values.values()] for end in (statistics.fmean, min, max)]
+                    lines.append(Line(self.line_of(row), [at for (at,) in values], *ends))
             panels.append(Panel(self.title(axes, labels), lines))
         everything = [at for panel in panels for line in panel.lines for at in line.x]
         named = any(isinstance(at, str) for at in everything)
         log = not named and all(at > 0 for at in everything)
         return self._in_parts(
-            name,
+            asked.name,
             panels,
-            caption=f"{suite}: {what} by {_words(x)}{self.chosen}",
-            x_label=_with_unit(x, units),
-            y_label=_with_unit(column, units),
+            caption=asked.caption(f"by {_words(asked.x)}{self.chosen}"),
+            x_label=asked.with_unit(asked.x),
+            y_label=asked.with_unit(asked.column),
             x_scale="names" if named else "sizes" if log else "linear",
         )
 
-    def _maps(
-        self,
-        suite: str,
-        name: str,
-        what: str,
-        x: str,
-        column: str,
-        units: dict[str, str],
-        chosen: dict[str, Label],
-        second: str,
-    ) -> list[HeatMaps]:
+    def _maps(self, asked: "_Asked") -> list[HeatMaps]:
         maps = []
+        axes = [axis for axis in self.sweep.axes if axis != self.series]
         for row in self.rows:
-            values = _collect(row.points, suite, (x, second), column, chosen)
+            values = _collect(row.points, asked, (asked.x, asked.y))
             if values:
                 xs, ys = (list(dict.fromkeys(at[i] for at in values)) for i in (0, 1))
-                grid = [[statistics.fmean(values[a, b]) if (a, b) in values else None for a in xs] for b in ys]
-                axes = [axis for axis in self.sweep.axes if axis != self.series]
+                grid = [[statistics.fmean(values[x, y]) if (x, y) in values else None for x in xs] for y in ys]
                 rest = self.title(axes, [row.axes[axis] for axis in axes])
                 maps.append(Map("\n".join(filter(None, [self.line_of(row), rest])), xs, ys, grid))
-        labels = (_with_unit(x, units), _with_unit(second, units), _with_unit(column, units))
-        caption = f"{suite}: {what} by {_words(x)} and {_words(second)}{self.chosen.partition(' and from')[0]}"
-        return [HeatMaps(part, caption, *labels, some) for part, some in _parts(name, maps, MOST_MAPS)]
+        labels = [asked.with_unit(column) for column in (asked.x, asked.y, asked.column)]
+        chosen = self.chosen.partition(" and from")[0]
+        caption = asked.caption(f"by {_words(asked.x)} and {_words(asked.y)}{chosen}")
+        return [HeatMaps(part, caption, *labels, some) for part, some in _parts(asked.name, maps, MOST_MAPS)]
 
     def _in_parts(
         self,
@@ -326,12 +316,35 @@ def _curve(
     return Line(of, [statistics.fmean(some) for some in zip(*at)], *ends)
 
 
+class _Asked(NamedTuple):
+    """What one picture of an evaluation is of. y: of maps. chosen: the values that other keys have."""
+
+    suite: str
+    name: str
+    what: str
+    x: str
+    y: str | None
+    column: str
+    chosen: dict[str, Label]
+    units: dict[str, str]
+    notes: Sequence[str]
+
+    def caption(self, by: str) -> str:
+        return ". ".join([f"{self.suite}: {self.what} {by}", *(note.rstrip(".") for note in self.notes)])
+
+    def with_unit(self, column: str) -> str:
+        unit = self.units.get(column, "")
+        return f"{_words(column)}{f' ({unit})' * bool(unit)}"
+
+
+def _columns(evaluation: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(column for row in evaluation["rows"] for column in row))
+
+
 def _keys(evaluation: dict[str, Any]) -> list[str]:
-    """The columns that tell rows apart: x, names, and as many of the others, from the first, as are needed."""
-    rows, x = evaluation["rows"], evaluation["x"]
-    columns = list(rows[0]) if rows else []
-    keys = [x, *(c for c in columns if c != x and _names(evaluation, c))]
-    for column in columns:
+    """The columns that tell rows apart: x, and as many of the others, from the first, as it takes."""
+    keys, rows = [evaluation["x"]], evaluation["rows"]
+    for column in _columns(evaluation):
         if len({tuple(row.get(key) for key in keys) for row in rows}) == len(rows):
             break
         if column not in keys:
@@ -339,8 +352,14 @@ def _keys(evaluation: dict[str, Any]) -> list[str]:
     return keys
 
 
-def _names(evaluation: dict[str, Any], column: str) -> bool:
-    return any(isinstance(row.get(column), str) for row in evaluation["rows"])
+def _is_range(evaluation: dict[str, Any], column: str) -> bool:
+    """Whether a key is a number with so many values that it makes a map."""
+    values = {row.get(column) for row in evaluation["rows"]}
+    return len(values) > 2 and all(isinstance(value, int | float) for value in values)
+
+
+def _has_numbers(evaluation: dict[str, Any], column: str) -> bool:
+    return any(isinstance(row.get(column), int | float) for row in evaluation["rows"])
 
 
 def _combinations(evaluation: dict[str, Any], keys: Sequence[str]) -> list[dict[str, Label]]:
@@ -349,15 +368,13 @@ def _combinations(evaluation: dict[str, Any], keys: Sequence[str]) -> list[dict[
     return [dict(zip(keys, values)) for values in found]
 
 
-def _collect(
-    points: Sequence[Point], suite: str, keys: Sequence[str], column: str, chosen: dict[str, Label]
-) -> dict[tuple, list[float]]:
+def _collect(points: Sequence[Point], asked: _Asked, keys: Sequence[str]) -> dict[tuple, list[float]]:
     """The numbers of a column by its keys, one for each seed, in the order of the rows."""
     found: dict[tuple, list[float]] = {}
     for point in points:
-        for row in point.evaluations.get(suite, {"rows": []})["rows"]:
-            value = row.get(column)
-            if isinstance(value, int | float) and all(row.get(key) == x for key, x in chosen.items()):
+        for row in point.evaluations.get(asked.suite, {"rows": []})["rows"]:
+            value = row.get(asked.column)
+            if isinstance(value, int | float) and all(row.get(key) == x for key, x in asked.chosen.items()):
                 found.setdefault(tuple(row[key] for key in keys), []).append(value)
     return found
 
@@ -377,11 +394,6 @@ def _parts(name: str, things: Sequence[Any], most: int) -> list[tuple[str, Seque
 
 def _words(column: str) -> str:
     return column.replace("_", " ")
-
-
-def _with_unit(column: str, units: dict[str, str]) -> str:
-    unit = units.get(column, "")
-    return f"{_words(column)}{f' ({unit})' * bool(unit)}"
 
 
 def _file_name(text: str) -> str:

@@ -3,6 +3,7 @@
     DIR/NAME/point.json             what the point is: its sweep, its value on each axis
     DIR/NAME/metrics.jsonl          rows of training and of evaluations, "eval/..."
     DIR/NAME/DONE                   there once the run has finished
+    DIR/NAME/FAILED                 why the sweep gave it up
     DIR/NAME/operative_config.gin   sizes of its batches
     DIR/NAME/costs.json             parameters, bytes of state, FLOPs
     DIR/NAME/environment.json       where and when it ran
@@ -13,7 +14,6 @@
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -35,6 +35,9 @@ SEED = "seed"
 
 FINISHED, FAILED, UNFINISHED, NOT_BEGUN = "finished", "failed", "unfinished", "not begun"
 
+# In the folder of evaluations, but none: with which arguments the sweep has asked for them.
+_NOTED = "evaluated.json"
+
 # The fields of a point.json, with their types.
 FIELDS = {
     "name": str,
@@ -55,7 +58,8 @@ class Point:
     """A point of a sweep, as far as it has come.
 
     axes         its label on each axis
-    status       one of the four above; reason: what is known of it in words
+    status       one of the four above; reason: what is known of it in words, also of a finished run whose evaluation
+                 failed
     step, steps  the last one that is known of, and those of the whole run
     rows         of `metrics.jsonl`
     costs        what costs.json says; {} without one
@@ -166,7 +170,7 @@ def read_sweep(folder: str | os.PathLike, metric: str | None = None) -> Sweep:
     _check_one_sweep(folder, descriptions, points)
     first = descriptions[0]
     order = _order(descriptions)
-    points = _in_order(points, order)
+    points = _in_order(points, order, descriptions)
     sweep = Sweep(first["sweep"], first["question"], metric or first["metric"], first["best_of"], order, points)
     for axis in sweep.best_of:
         if axis not in order:
@@ -185,10 +189,12 @@ def _read_point(folder: "epath.Path") -> tuple[dict[str, Any], Point]:
     done = _read_json(folder / "DONE", {"step": int}, missing={})
     sizes = _sizes(folder / "operative_config.gin")
     step = done["step"] if done else max((row["step"] for row in rows), default=0)
-    begun = (folder / "config.gin").exists()
-    status, reason = _status(done, begun, rows, step, sizes.get("steps"))
+    starts = _read_json(folder / "environment.json", list, missing=[])
+    failure = _read_json(folder / "FAILED", {"reason": str}, missing={})
+    status, reason = _status(done, failure, bool(starts), step, sizes.get("steps"))
     batch, length = sizes.get("batch_size"), sizes.get("seq_len")
-    evaluations = sorted(path for path in list_folder(folder / "evaluations") if path.name.endswith(".json"))
+    files = (path for path in list_folder(folder / "evaluations") if path.name.endswith(".json"))
+    evaluations = sorted(path for path in files if path.name != _NOTED)
     return description, Point(
         name=folder.name,
         axes=description["axes"],
@@ -199,24 +205,25 @@ def _read_point(folder: "epath.Path") -> tuple[dict[str, Any], Point]:
         tokens_per_step=batch * length if batch and length else None,
         rows=rows,
         costs=_read_json(folder / "costs.json", {"mixers": list}, missing={}),
-        starts=_read_json(folder / "environment.json", list, missing=[]),
+        starts=starts,
         times=read_times(folder / "tensorboard"),
         evaluations={path.name.removesuffix(".json"): _read_evaluation(path) for path in evaluations},
     )
 
 
 def _status(
-    done: dict[str, Any], begun: bool, rows: Sequence[dict[str, Any]], step: int, steps: int | None
+    done: dict[str, Any], failure: dict[str, Any], begun: bool, step: int, steps: int | None
 ) -> tuple[str, str]:
-    if done:
-        return FINISHED, ""
-    if not begun:
-        return NOT_BEGUN, ""
     where = f"step {step:,}" + (f" of {steps:,}" if steps else "")
-    losses = [row["loss"] for row in rows if "loss" in row]
-    if losses and not math.isfinite(losses[-1]):
-        return FAILED, f"{where}: the loss is {losses[-1]}"
-    return UNFINISHED, where
+    why = failure.get("reason", "")
+    says = failure.get("says") or []
+    # The first of what it has said is the error, where there was one.
+    why += f": {says[0].strip()}" if says else ""
+    if done:
+        return FINISHED, why
+    if failure:
+        return FAILED, f"{where}: {why}"
+    return (UNFINISHED, where) if begun else (NOT_BEGUN, "")
 
 
 def _read_evaluation(path: "epath.Path") -> dict[str, Any]:
@@ -290,12 +297,19 @@ def _order(descriptions: Sequence[dict[str, Any]]) -> dict[str, list[Label]]:
     return found
 
 
-def _in_order(points: Sequence[Point], order: dict[str, list[Label]]) -> list[Point]:
-    """All points of the product of the axes; those without a folder are not begun."""
+def _in_order(
+    points: Sequence[Point], order: dict[str, list[Label]], descriptions: Sequence[dict[str, Any]]
+) -> list[Point]:
+    """All points of the products of the axes, as each description has them; those without a folder are not begun."""
     there = {tuple(point.axes[axis] for axis in order): point for point in points}
-    found = []
-    for labels in itertools.product(*order.values()):
-        axes = dict(zip(order, labels))
-        name = ", ".join(f"{axis} {label}" for axis, label in axes.items())
-        found.append(there.get(labels) or Point(name, axes))
-    return found
+    orders = {tuple(tuple(d["order"][axis]) for axis in order) for d in descriptions}
+    expected = {labels for lists in orders for labels in itertools.product(*lists)} | there.keys()
+    return [
+        there.get(labels) or _not_begun(dict(zip(order, labels)))
+        for labels in itertools.product(*order.values())
+        if labels in expected
+    ]
+
+
+def _not_begun(axes: dict[str, Label]) -> Point:
+    return Point(", ".join(f"{axis} {label}" for axis, label in axes.items()), axes)

@@ -48,7 +48,7 @@ class Report(NamedTuple):
         """How the summary is to be read."""
         sweep = self.sweep
         better = "less" if less_is_better(sweep.metric) else "more"
-        lines = [f"{sweep.metric} on held-out data after the last step; {better} is better."]
+        lines = [f"Metric: {sweep.metric} on held-out data after the last step; {better} is better."]
         if sweep.best_of:
             names = " and ".join(sweep.best_of)
             lines.append(f"Each row is at its best {names}; (edge): the least or the largest that was tried.")

@@ -145,11 +145,11 @@ def _without_empty(table: Table, keep: int) -> Table:
 
 
 def not_finished(sweep: Sweep) -> list[str]:
-    """A line for each such point."""
+    """A line for each such point, and for each with an evaluation that failed."""
     return [
         f"{point.name}: {point.status}{', ' * bool(point.reason)}{point.reason}"
         for point in sweep.points
-        if point.status != FINISHED
+        if point.status != FINISHED or point.reason
     ]
 
 
