@@ -142,5 +142,7 @@ def _condition(start: dict) -> str:
     changed = " with local changes" if source.get("changed") else ""
     versions = [f"Python {start.get('python', 'unknown')}"]
     versions += [f"{name} {packages[name]}" for name in _PACKAGES if name in packages]
-    machine = [start[name] for name in ("devices", "processor", "platform") if start.get(name)]
+    machine = [start[name] for name in ("devices", "processor") if start.get(name)]
+    machine += [f"{start['cores']} cores"] if start.get("cores") else []
+    machine += [start["platform"]] if start.get("platform") else []
     return ", ".join([f"seqmodels {revision}{changed}", *versions, *machine])
