@@ -36,6 +36,9 @@ ENVIRONMENT = [
         "source": {"revision": "0123456789abcdef", "changed": [" M train.py"]},
         "python": "3.11.7",
         "platform": "Linux-x86_64",
+        "processor": "a processor",
+        "cores": 2,
+        "devices": "4 x a chip",
         "packages": {"jax": "0.10.2", "numpy": "2.4.6", "zstandard": "1"},
     }
 ]
@@ -374,7 +377,7 @@ def test_the_page_needs_nothing_from_outside(written):
         "Who recalls &lt;8 &amp; more?",
         "seqmodels 0123456789ab with local changes",
         "jax 0.10.2",
-        "Linux-x86_64",
+        "4 x a chip, a processor, 2 cores, Linux-x86_64",
     ):
         assert words in text
     assert "--sweep_dir DIR" in text and "seconds of compute" in text and "(54 starts)" in text

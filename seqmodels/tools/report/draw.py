@@ -154,7 +154,8 @@ def _figure(shape: tuple[int, int], size: tuple[float, float], **share: bool) ->
 
 def _grid(panels: int, *, width: float, height: float) -> tuple[tuple[int, int], tuple[float, float]]:
     """(rows, columns) and (inches across, inches down)."""
-    columns = min(panels, COLUMNS) if panels != COLUMNS + 1 else COLUMNS - 1
+    few_empty = min((COLUMNS, COLUMNS - 1), key=lambda columns: -panels % columns)
+    columns = min(panels, COLUMNS) if panels <= COLUMNS else few_empty
     rows = math.ceil(panels / columns)
     wide = (5.2, 3.6) if panels == 1 else (width * columns + 0.4, height * rows + 0.3)
     return (rows, columns), wide
@@ -180,8 +181,10 @@ def _x_axis(axes: Sequence["Axes"], picture: Picture) -> None:
     at = sorted({x for panel in picture.panels for line in panel.lines for x in line.x}, key=str)
     if picture.x_scale == "names":
         for ax in axes:
-            ax.tick_params(axis="x", rotation=45)
+            ax.tick_params(axis="x", rotation=40)
             ax.margins(x=0.1)
+            for name in ax.get_xticklabels():
+                name.set(ha="right", rotation_mode="anchor")
         return
     at = sorted(at)
     if picture.x_scale == "linear":
@@ -201,17 +204,20 @@ def _x_axis(axes: Sequence["Axes"], picture: Picture) -> None:
 
 
 def _y_axis(axes: Sequence["Axes"], picture: Picture) -> None:
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
     if not picture.y_log:
         return
     axes[0].set_yscale("log")
-    if picture.y_label.endswith("(bytes)"):
-        values = sorted(y for panel in picture.panels for line in panel.lines for y in line.y)
-        for ax in axes:
-            ax.yaxis.set_major_locator(FixedLocator(_powers(values, 8)))
+    values = sorted(y for panel in picture.panels for line in panel.lines for y in line.y if y > 0)
+    in_bytes = picture.y_label.endswith("(bytes)")
+    steps = (1, 2, 5) if values[-1] < 1e3 * values[0] else (1,)
+    for ax in axes:
+        ax.yaxis.set_major_locator(FixedLocator(_powers(values, 8)) if in_bytes else LogLocator(subs=steps))
+        ax.yaxis.set_major_formatter(lambda y, _: _bytes(y) if in_bytes else f"{y:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        if in_bytes:
             ax.yaxis.set_minor_locator(NullLocator())
-            ax.yaxis.set_major_formatter(lambda y, _: _bytes(y))
 
 
 def _apart(at: Sequence[float], most: int) -> list[float]:

@@ -382,7 +382,7 @@ def _collect(points: Sequence[Point], asked: _Asked, keys: Sequence[str]) -> dic
 def _spans(values: Iterable[float]) -> bool:
     """Whether they are positive and too far apart for a linear axis, which shares of a whole are not."""
     values = [value for value in values if value == value]
-    return bool(values) and min(values) > 0 and max(values) > max(1, 30 * min(values))
+    return bool(values) and min(values) > 0 and max(values) > max(1, 10 * min(values))
 
 
 def _parts(name: str, things: Sequence[Any], most: int) -> list[tuple[str, Sequence[Any]]]:

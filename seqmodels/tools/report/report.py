@@ -41,7 +41,8 @@ class Report(NamedTuple):
         """How many points have come how far."""
         counts = Counter(point.status for point in self.sweep.points)
         parts = [f"{count} {status}" for status, count in counts.items()]
-        return f"{len(self.sweep.points)} points: {', '.join(parts)}"
+        points = len(self.sweep.points)
+        return f"{points} {'point' if points == 1 else 'points'}: {', '.join(parts)}"
 
     @property
     def reading(self) -> str:
@@ -62,7 +63,8 @@ class Report(NamedTuple):
     def conditions(self) -> list[str]:
         """On what it ran, when, and for how long."""
         seconds = self.sweep.seconds
-        time = f"{seconds:,.0f} seconds of compute ({seconds / 3600:,.1f} hours), all points together"
+        hours = f" ({seconds / 3600:,.1f} hours)" if seconds > 3600 else ""
+        time = f"{seconds:,.0f} seconds of compute{hours}, all points together"
         return [*conditions(self.sweep), *filter(None, [dates(self.sweep)]), *([time] if seconds else [])]
 
     @property
