@@ -102,7 +102,8 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     mesh = job.mesh.build()
     job.check_fits(mesh)
     devices = jax.devices()
-    say(f"devices: {len(devices)} x {devices[0].device_kind}, in {jax.process_count()} process(es)")
+    kinds = f"{len(devices)} x {devices[0].device_kind}"
+    say(f"devices: {kinds}, in {jax.process_count()} process(es)")
     if len(devices) > 1:
         say(f"mesh: {describe_mesh(mesh.shape)}")
 
@@ -126,7 +127,7 @@ def train(job: TrainingJob, run: RunDirectory) -> int:
     shapes = state_shapes(model, transform, **layout)
 
     config.check_all_used()
-    run.open(config.config_text())
+    run.open(config.config_text(), kinds)
     run.write_operative_config(config.operative_config())
     say(f"run directory: {run.path}")
     if jax.process_index() == 0:

@@ -3,7 +3,7 @@
     config.gin               the resolved bindings this run was started with; another config is refused
     operative_config.gin     the bindings that were in fact used, defaults included
     costs.json               parameters, FLOPs and bytes of state, see `seqmodels.models.accounting.model_costs`
-    environment.json         one entry per start: time, command line, source revision, versions, platform
+    environment.json         one entry per start: time, command line, source revision, versions, platform, devices
     metrics.jsonl            one JSON object per line, each with its step
     tensorboard/             event files
     checkpoints/             see `seqmodels.training.checkpoint`
@@ -91,7 +91,7 @@ class RunDirectory:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
-    def open(self, config: str) -> None:
+    def open(self, config: str, devices: str | None = None) -> None:
         """Create the folder or continue in it, and keep other programs on this machine out until `close`.
 
         The kernel ends the lock with the process, however it ends. A bucket has none. Each call adds an entry to
@@ -100,6 +100,7 @@ class RunDirectory:
         Args:
             config: the resolved bindings. A run that exists must have been started with the same ones;
                 comments and blank lines do not count.
+            devices: what the run computes on, for `environment.json`.
 
         Raises:
             InputError: the config is another one (the message goes on with a diff), the folder is something
@@ -109,7 +110,7 @@ class RunDirectory:
             return
         try:
             with told(f"cannot write the run directory {self.path}", self.path, expected="a writable folder"):
-                self._open(config)
+                self._open(config, devices)
         except InputError as error:
             self.close()
             if isinstance(error.__cause__, FileExistsError | NotADirectoryError):
@@ -118,7 +119,7 @@ class RunDirectory:
                 raise InputError(f"{file} is a file; the run directory {self.path} needs a folder there") from error
             raise
 
-    def _open(self, config: str) -> None:
+    def _open(self, config: str, devices: str | None) -> None:
         on_disk = not in_bucket(self.path)
         if on_disk:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,7 @@ class RunDirectory:
             self.checkpoints.mkdir(exist_ok=True)
         history = self.path / "environment.json"
         starts = json.loads(history.read_text()) if history.exists() else []
-        write_file(history, json.dumps([*starts, environment()], indent=1) + "\n")
+        write_file(history, json.dumps([*starts, {**environment(), "devices": devices}], indent=1) + "\n")
 
     def check(self, config: str) -> None:
         """Raise `InputError` if the run was started with another config; writes nothing."""
@@ -257,13 +258,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """What this program runs on: time, command line, source revision, package versions, platform."""
+    """What this program runs on: time, command line, source revision, package versions, platform, processor."""
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.argv],
         "source": source_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "packages": dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
     }
 
@@ -287,3 +290,10 @@ def source_revision() -> dict[str, Any] | None:
     changed = ask("status", "--porcelain") or ""
     return {"revision": ask("rev-parse", "--verify", "--quiet", "HEAD"), "changed": changed.splitlines()}
 
+
+def _processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -27,7 +27,7 @@ def test_a_new_run_then_the_same_again(tmp_path):
     for start in (1, 2):
         with RunDirectory(path) as run:
             assert (run.finished is None) == (start == 1)
-            run.open(CONFIG)
+            run.open(CONFIG, "4 x a chip")
             run.write_operative_config("model.width = 64\n")
             run.mark_finished(7, {"loss": 0.1})
             assert run.finished == {"step": 7, "metrics": {"loss": 0.1}}
@@ -38,6 +38,7 @@ def test_a_new_run_then_the_same_again(tmp_path):
         assert len(starts) == start
         assert {"jax", "numpy"} <= starts[0]["packages"].keys()
         assert starts[0]["command"][1:] == sys.argv
+        assert starts[0]["devices"] == "4 x a chip" and starts[0]["processor"] and starts[0]["cores"] == os.cpu_count()
     assert not list(path.glob("*.temporary"))
 
 

@@ -1,9 +1,7 @@
 """What was measured, as tables to read and as JSON to keep."""
 
 import os
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from seqmodels.tools._documents import markdown_table
@@ -29,7 +27,7 @@ def heading(environment: dict[str, Any]) -> str:
     versions = {name: environment["packages"][name] for name in PACKAGES if name in environment["packages"]}
     return "\n".join(
         [
-            f"{processor()}, {os.cpu_count()} cores, load average {load()}, {environment['time']}",
+            f"{environment['processor']}, {environment['cores']} cores, load average {load()}, {environment['time']}",
             f"seqmodels {revision}{changed}, Python {environment['python']}, "
             + ", ".join(f"{name} {version}" for name, version in versions.items()),
         ]
@@ -39,14 +37,6 @@ def heading(environment: dict[str, Any]) -> str:
 def load() -> str:
     """Load averages over 1, 5 and 15 minutes: processes that want a core."""
     return " ".join(f"{x:.1f}" for x in os.getloadavg())
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(group: Group) -> str:
@@ -155,7 +145,7 @@ def _mebibytes(value: int | None) -> str:
 def as_json(environment: dict[str, Any], groups: Sequence[Group], load_at_start: str) -> dict[str, Any]:
     """Everything that was measured: every run of every row."""
     return {
-        "environment": {**environment, "processor": processor(), "cores": os.cpu_count()},
+        "environment": environment,
         "load_average": {"start": load_at_start, "end": load()},
         "groups": [
             {
