@@ -127,8 +127,12 @@ def _windows(
             )
     while True:
         longest = lengths[-1]
-        found = list(islice(data.evaluation_batches(1, longest), max(1, tokens // longest)))
-        rows = {name: np.concatenate([batch[name] for batch in found]) for name in (found[0] if found else ())}
+        count = max(1, tokens // longest)
+        # One more, for the window at the end of the text, which is not full, to be the one that is left out.
+        found = sorted(
+            islice(data.evaluation_batches(1, longest), count + 1), key=lambda row: not row["weights"][0, -1]
+        )
+        rows = {name: np.concatenate([row[name] for row in found[:count]]) for name in (found[0] if found else ())}
         if rows and rows["weights"][:, longest // 2 :].any():
             return lengths, rows
         if asked or len(lengths) == 1:

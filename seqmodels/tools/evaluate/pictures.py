@@ -111,7 +111,9 @@ def _scale(ax: Any, evaluation: Evaluation, columns: Sequence[str]) -> None:
     """Logarithmic axes where numbers lie far apart, with ticks at the x there are."""
     xs = sorted({row[evaluation.x] for row in evaluation.rows})
     ys = [row[column] for row in evaluation.rows for column in columns if _is_number(row.get(column))]
-    if ys and min(ys) > 0 and max(ys) > WIDE * min(ys):
+    if all(column.endswith("accuracy") for column in columns):
+        ax.set_ylim(-0.03, 1.03)
+    elif ys and min(ys) > 0 and max(ys) > WIDE * min(ys):
         ax.set_yscale("log")
     if xs[0] > 0 and xs[-1] > WIDE * xs[0]:
         ax.set_xscale("log", base=2)

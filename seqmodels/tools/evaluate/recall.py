@@ -83,7 +83,7 @@ def _fields(task: SyntheticTask, vary: Sequence[str], pairs: Sequence[int] | Non
     name = type(task).__name__
     hints = typing.get_type_hints(type(task))
     fields = [field.name for field in dataclasses.fields(task) if field.name != "num_test_examples"]
-    given = [*vary, *([f"num_kv_pairs={','.join(map(str, pairs))}"] if pairs else [])]
+    given = [*([f"num_kv_pairs={','.join(map(str, pairs))}"] if pairs else []), *vary]
     found: dict[str, list[Any]] = {}
     for text in given:
         field, equals, values = text.partition("=")

@@ -15,10 +15,22 @@ if TYPE_CHECKING:
 
 
 def as_markdown(evaluation: Evaluation) -> str:
-    """A table, and the notes below it."""
+    """A table, or for a map one of each thing that was measured, and the notes below."""
     columns = evaluation.columns
-    rows = [[_cell(row.get(column, "")) for column in columns] for row in evaluation.rows]
-    return "\n\n".join([markdown_table([titled(evaluation, column) for column in columns], rows), *evaluation.notes])
+    if evaluation.y is not None:
+        tables = [_map_table(evaluation, column) for column in columns if column not in evaluation.keys]
+    else:
+        rows = [[_cell(row.get(column, "")) for column in columns] for row in evaluation.rows]
+        tables = [markdown_table([titled(evaluation, column) for column in columns], rows)]
+    return "\n\n".join([*tables, *evaluation.notes])
+
+
+def _map_table(evaluation: Evaluation, column: str) -> str:
+    cells = {(row[evaluation.x], row[evaluation.y]): row.get(column, "") for row in evaluation.rows}
+    xs, ys = (list(dict.fromkeys(row[key] for row in evaluation.rows)) for key in (evaluation.x, evaluation.y))
+    head = f"{titled(evaluation, column)}: {evaluation.y}, by {titled(evaluation, evaluation.x)}"
+    rows = [[_cell(y), *(_cell(cells.get((x, y), "")) for x in xs)] for y in ys]
+    return markdown_table([head, *map(_cell, xs)], rows)
 
 
 def titled(evaluation: Evaluation, column: str) -> str:
