@@ -2,8 +2,8 @@
 
 import argparse
 import importlib
+import json
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
-    """The suite's module, and all options. Neither the run nor jax is touched; but for the suite, which may."""
+    """The suite's module, which is imported, and all options. The run is not looked at."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--suite", action="append", default=[])
     names = first.parse_known_args(argv)[0].suite
@@ -80,9 +80,9 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]
 
 
 def given_to_suite(options: argparse.Namespace) -> dict[str, Any]:
-    """The suite's own options, as JSON has them."""
+    """The suite's own options, as JSON has them; a path is a string."""
     own = {name: value for name, value in vars(options).items() if name not in ("run", "suite", "step", "name")}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
+    return json.loads(json.dumps(own, default=str))
 
 
 def _parser(name: str | None, suite: ModuleType | None) -> argparse.ArgumentParser:

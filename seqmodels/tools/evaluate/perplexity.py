@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -100,7 +101,7 @@ def evaluate(run: TrainedRun, options: argparse.Namespace) -> dict[str, Evaluati
 
 
 def nll_by_position(
-    reader: Reader, params, windows: Mapping[str, np.ndarray], at_once: int, bar: tqdm
+    reader: Reader, params: Any, windows: Mapping[str, np.ndarray], at_once: int, bar: tqdm
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums over the windows of the loss, in nats, and of the weight at each position: float64 [length]."""
     nll = np.zeros(windows["tokens"].shape[1])
