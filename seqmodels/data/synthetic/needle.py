@@ -59,9 +59,11 @@ class RetrievalTask(SyntheticTask):
     separator after it.
 
     tokenizer: "bytes", or the path of a Hugging Face tokenizer.json.
+    depth: how much of the filler stands before what is hidden, from 0 to 1. None: it is drawn.
     """
 
     tokenizer: str | Tokenizer = "bytes"
+    depth: float | None = None
     num_test_examples: int = 500
 
     metrics = (ExampleAccuracy(),)
@@ -69,6 +71,8 @@ class RetrievalTask(SyntheticTask):
     def __post_init__(self):
         if isinstance(self.tokenizer, str):
             object.__setattr__(self, "tokenizer", load_tokenizer(self.tokenizer))
+        if self.depth is not None and not 0 <= self.depth <= 1:
+            raise InputError(f"{type(self).__name__}: depth is {self.depth}; expected 0 (the beginning) to 1 (the end)")
         super().__post_init__()
 
     @property
@@ -78,6 +82,10 @@ class RetrievalTask(SyntheticTask):
     @abc.abstractmethod
     def draw(self, random: np.random.Generator) -> Callable[[int], Prompt]:
         """An example: a function from the units of filler in it to the prompt."""
+
+    def depth_or(self, drawn: float) -> float:
+        """The depth, or a drawn one. It is drawn in any case, so that the rest of an example depends on no depth."""
+        return drawn if self.depth is None else self.depth
 
     def check_length(self, seq_len: int) -> None:
         self.example(seq_len, np.random.default_rng(0))
@@ -120,14 +128,14 @@ class Passkey(RetrievalTask):
 
     A line says what to do; then come the filler, cut after some of its characters, the line with the pass key, a number
     from 1 to 50,000, and the filler again; the last line asks for it. How many of the characters of filler stand before
-    the pass key is uniform.
+    the pass key is uniform, where `depth` does not say it.
     """
 
     def draw(self, random: np.random.Generator) -> Callable[[int], Prompt]:
-        key, place = random.integers(1, GREATEST_PASS_KEY + 1), random.random()
+        key, place = random.integers(1, GREATEST_PASS_KEY + 1), self.depth_or(random.random())
 
         def prompt(characters: int) -> Prompt:
-            before = int(place * (characters + 1))
+            before = min(int(place * (characters + 1)), characters)
             filler = (FILLER + " ") * (characters // len(FILLER) + 1)
             lines = (
                 "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will "
@@ -152,9 +160,9 @@ class NeedleInAHaystack(RetrievalTask):
         3       sentences of an essay                a UUID
 
     The needle, "One of the special magic numbers for KEY is: VALUE.", is between two lines or sentences, at one of 40
-    depths evenly spaced from the beginning to the end. KEY is an adjective and a noun. An essay's sentences are those
-    from a uniform one on, the first following the last; training and evaluation have the same. A value that the essay
-    has is drawn anew.
+    depths evenly spaced from the beginning to the end, or at `depth`. KEY is an adjective and a noun. An essay's
+    sentences are those from a uniform one on, the first following the last; training and evaluation have the same. A
+    value that the essay has is drawn anew.
 
     level: 1, 2 or 3.
     paths: the essays, see `seqmodels.data.sources.find_files`. None: the documentation of Python that `help()` shows.
@@ -197,7 +205,8 @@ class NeedleInAHaystack(RetrievalTask):
     def draw(self, random: np.random.Generator) -> Callable[[int], Prompt]:
         kind, between = "number" if self.level < 3 else "uuid", "\n" if self.level == 1 else " "
         key = f"{random.choice(ADJECTIVES)}-{random.choice(NOUNS)}"
-        depth, first = random.integers(DEPTHS) / (DEPTHS - 1), random.integers(len(self.sentences))
+        depth = self.depth_or(random.integers(DEPTHS) / (DEPTHS - 1))
+        first = random.integers(len(self.sentences))
         value = self._value(random)
         while value in self.essay:
             value = self._value(random)
