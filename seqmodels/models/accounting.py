@@ -16,6 +16,11 @@ def parameter_count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def flops_per_token(model: LanguageModel, seq_len: int) -> float:
     """Floating-point operations of one forward pass per token, at that sequence length; see `flops`. A training step
     costs three times as much."""
