@@ -1,13 +1,17 @@
 """The suite `throughput`: its rows, what its bytes are, and what it leaves out. How fast anything is, is not tested."""
 
 import argparse
+import ast
 import functools
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from seqmodels import registry
 from seqmodels.data.synthetic import MQAR, LinearRegression
 from seqmodels.errors import InputError
 from seqmodels.models import LanguageModel, Regressor
@@ -19,6 +23,7 @@ from seqmodels.training import TrainingJob
 from tests.conformance.compare import assert_close
 from tests.tolerances import TOLERANCES
 
+EXPERIMENT = Path(__file__).parents[2] / "configs/experiments/throughput.gin"
 LENGTHS = (16, 32)
 COLUMNS = set(throughput.UNITS)
 
@@ -188,3 +193,23 @@ def test_what_a_longer_length_takes_is_told_by_the_power_that_shorter_ones_grow_
     assert extrapolated([(16, 2.0)], 64, 1) == pytest.approx(8)
     assert extrapolated([(8, 9.0), (16, 2.0), (32, 8.0)], 64, 1) == pytest.approx(32)
     assert extrapolated([(16, 8.0), (32, 2.0)], 64, 0) == pytest.approx(2)  # the shorter one was compiled as well
+
+
+def test_the_experiment_on_every_mixer_has_every_mixer():
+    text = EXPERIMENT.read_text()
+    statements = ast.parse(text[text.index("sweep.list") :]).body
+    bound = {statement.targets[0].attr: ast.literal_eval(statement.value) for statement in statements}
+    options = bound["list"]["mixer"]
+    assert options.keys() == registry.MIXERS.keys()
+    for name, chosen in options.items():
+        assert chosen[0] in (f"include 'configs/mixers/{name}.gin'", f"LanguageModel.pattern = ({name!r},)")
+
+
+def test_the_experiments_measure_what_the_suite_can():
+    """Their arguments are those of the suite, and go together."""
+    for file in (EXPERIMENT, EXPERIMENT.with_name("length.gin")):
+        (given,) = re.findall(r'"throughput (.*)"', file.read_text())
+        parser = argparse.ArgumentParser()
+        throughput.add_arguments(parser)
+        chosen = parser.parse_args(given.split())
+        throughput._check(chosen, sorted(chosen.lengths))
