@@ -69,10 +69,12 @@ def measure(
     return Timing(tuple(seconds), calls, trial.host / few)
 
 
-def extrapolated(measured: Sequence[tuple[int, float]], length: int, least_power: float) -> float:
+def extrapolated(
+    measured: Sequence[tuple[int, float]], length: int, least_power: float, most_power: float = math.inf
+) -> float:
     """Seconds for a longer length, from (length, seconds) of shorter ones in their order; 0 where there are none.
 
-    Time is taken to grow as a power of the length: the one between the last two, and at least `least_power`.
+    Time is taken to grow as a power of the length: the one between the last two, within these bounds.
     """
     if not measured:
         return 0.0
@@ -80,7 +82,7 @@ def extrapolated(measured: Sequence[tuple[int, float]], length: int, least_power
     power = least_power
     if len(measured) > 1:
         before, less = measured[-2]
-        power = max(power, math.log(seconds / less) / math.log(at / before))
+        power = max(power, min(most_power, math.log(seconds / less) / math.log(at / before)))
     return seconds * (length / at) ** power
 
 

@@ -88,7 +88,7 @@ def test_a_batch_has_the_same_number_of_tokens_at_every_length(tokens):
 
 
 def states(decoding: throughput._Decoding, length: int):
-    limits = throughput._Limits(1e12, 1e6, least_power=1)
+    limits = throughput._Limits(1e12, 1e6, powers=(1, 2))
     with limits.cell(length):
         return decoding.states(length, limits)
 
@@ -193,6 +193,7 @@ def test_what_a_longer_length_takes_is_told_by_the_power_that_shorter_ones_grow_
     assert extrapolated([(16, 2.0)], 64, 1) == pytest.approx(8)
     assert extrapolated([(8, 9.0), (16, 2.0), (32, 8.0)], 64, 1) == pytest.approx(32)
     assert extrapolated([(16, 8.0), (32, 2.0)], 64, 0) == pytest.approx(2)  # the shorter one was compiled as well
+    assert extrapolated([(16, 2.0), (32, 99.0)], 64, 0, 1) == pytest.approx(198)  # the longer one was disturbed
 
 
 def test_the_experiment_on_every_mixer_has_every_mixer():

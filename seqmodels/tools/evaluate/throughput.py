@@ -76,10 +76,10 @@ def evaluate(run: TrainedRun, options: argparse.Namespace) -> Evaluation:
     tokens = options.tokens or lengths[-1]
     device = jax.devices()[0]
     limit = _memory_of(device) if options.max_bytes is None else options.max_bytes
-    # At the same number of tokens a step takes at least as long for longer sequences; a text is read from its start.
+    # A mixer is linear or quadratic in the length; batches have the same tokens at all of them, texts do not.
     tasks = [
-        ("training", _Training(run, tokens), _Limits(limit, options.max_seconds, least_power=0)),
-        ("decoding", _Decoding(run, options), _Limits(limit, options.max_seconds, least_power=1)),
+        ("training", _Training(run, tokens), _Limits(limit, options.max_seconds, powers=(0, 1))),
+        ("decoding", _Decoding(run, options), _Limits(limit, options.max_seconds, powers=(1, 2))),
     ]
     rows: list[Row] = [{"length": length, **_state_bytes(run.job.model, length)} for length in lengths]
     with tqdm(total=len(rows) * len(tasks), desc="throughput", unit="cell", disable=None, leave=False) as bar:
@@ -120,17 +120,17 @@ class _LeftOutError(Exception):
 class _Limits:
     """What a cell may take, for one column of cells.
 
-    least_power: of the length, by which the time of a cell grows.
+    powers: of the length, by which the time of a cell grows at least and at most.
     """
 
-    def __init__(self, max_bytes: float, max_seconds: float, *, least_power: float):
-        self._bytes, self._seconds, self._power = max_bytes, max_seconds, least_power
+    def __init__(self, max_bytes: float, max_seconds: float, *, powers: tuple[float, float]):
+        self._bytes, self._seconds, self._powers = max_bytes, max_seconds, powers
         self._taken: list[tuple[int, float]] = []
 
     @contextlib.contextmanager
     def cell(self, length: int) -> Iterator[None]:
         """Raises where it would take too long, going by the shorter ones, or turns out not to fit the memory."""
-        expected = extrapolated(self._taken, length, self._power)
+        expected = extrapolated(self._taken, length, *self._powers)
         if expected > self._seconds:
             raise _LeftOutError(f"expected to take {expected:.3g} s, over the limit of {self._seconds:g}")
         self._began = time.perf_counter()
