@@ -20,6 +20,11 @@ def parameter_count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def model_costs(model: nn.Module, seq_len: int) -> dict[str, Any]:
     """What a model costs at that sequence length, as a run keeps it in costs.json.
 

@@ -20,7 +20,16 @@ from seqmodels.training import TrainingJob, parameter_shapes
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 QUICKSTART = CONFIGS / "quickstart.gin"
-EXPERIMENTS = sorted([*(CONFIGS / "experiments").glob("*.gin"), *(CONFIGS / "long_context").glob("*.gin")])
+ONE_DEVICE = AbstractMesh((1, 1, 1, 1), MESH_AXES)
+
+
+def is_sweep(file: Path) -> bool:
+    return re.search(r"^sweep\.\w+ = ", file.read_text(), re.MULTILINE) is not None
+
+
+RUNNABLE = sorted([*(CONFIGS / "experiments").glob("*.gin"), *(CONFIGS / "long_context").glob("*.gin")])
+SWEEPS = [file for file in RUNNABLE if is_sweep(file)]
+EXPERIMENTS = [file for file in RUNNABLE if not is_sweep(file)]
 SIZES = sorted((CONFIGS / "sizes").glob("*.gin"))
 TASKS = sorted((CONFIGS / "tasks").glob("*.gin"))
 PRETRAINING = sorted((CONFIGS / "pretraining").glob("*.gin"))
@@ -52,14 +61,23 @@ def name(file: Path) -> str:
 
 
 def test_there_are_configs():
-    assert QUICKSTART.exists() and EXPERIMENTS and PRETRAINING and SIZES and TASKS and PARTS
-    known = {QUICKSTART, CONFIGS / "base.gin", *EXPERIMENTS, *PRETRAINING, *SIZES, *TASKS, *PARTS}
+    assert QUICKSTART.exists() and EXPERIMENTS and SWEEPS and PRETRAINING and SIZES and TASKS and PARTS
+    known = {QUICKSTART, CONFIGS / "base.gin", *EXPERIMENTS, *SWEEPS, *PRETRAINING, *SIZES, *TASKS, *PARTS}
     assert known == set(CONFIGS.rglob("*.gin")), "a config that no test here builds"
 
 
 @pytest.mark.parametrize("file", [QUICKSTART, *EXPERIMENTS], ids=name)
 def test_experiment(file):
-    build(file).check_fits(AbstractMesh((1, 1, 1, 1), MESH_AXES))
+    build(file).check_fits(ONE_DEVICE)
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=name)
+def test_sweep(file):
+    """Every point of it."""
+    points = pytest.importorskip("seqmodels.tools.sweep.points")
+    check = pytest.importorskip("seqmodels.tools.sweep.check").check
+    sweep, seen = points.read_sweep(file), []
+    assert len(check(sweep, {}, seen.append, lambda job: job.check_fits(ONE_DEVICE))) == len(seen) > 1
 
 
 @pytest.mark.parametrize("file", PRETRAINING, ids=name)
@@ -110,14 +128,15 @@ def test_every_mixer_has_a_config():
     assert set(MIXERS) <= {file.stem for file in PARTS}
 
 
-@pytest.mark.parametrize("file", [QUICKSTART, *EXPERIMENTS], ids=name)
+@pytest.mark.parametrize("file", [QUICKSTART, *RUNNABLE], ids=name)
 def test_an_experiment_opens_like_a_methods_section(file):
     head = file.read_text().split("\n\n")[0]
     assert all(line.startswith("# ") for line in head.splitlines())
     assert re.search(r"^# Question +\S.*\?$", head, re.MULTILINE), head
-    command = re.search(
-        r"^# Command +python train\.py --config (\S+) --run_dir runs/\w+$", head, re.MULTILINE
-    )
+    program = r"train\.py --config (\S+) --run_dir runs/\w+"
+    if is_sweep(file):
+        program = r"-m seqmodels\.tools\.sweep (\S+) --sweep_dir sweeps/\w+(?: --jobs \d+)?"
+    command = re.search(rf"^# Command +python {program}$", head, re.MULTILINE)
     assert command and REPOSITORY / command[1] == file, "the command is for another file"
 
 

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from seqmodels.errors import InputError
+from seqmodels.tools._measuring import extrapolated, machine_memory
 from seqmodels.tools.benchmark.cases import Inputs, Workload, inputs
 from seqmodels.tools.benchmark.messages import Ready, Run, Skipped, Subject, Task
 from seqmodels.tools.benchmark.peers import peers
@@ -29,7 +30,6 @@ from seqmodels.tools.benchmark.programs import jax_step, one_line, torch_step
 
 SHORTEST_RUN = 0.1  # CPU seconds; shorter calls are repeated within a run
 GRANULE = 64  # tokens; some programs take only whole chunks of this size
-MEMORY_SHARE = 0.8  # of the machine's memory: the most that a program may ask for
 
 
 class Program(NamedTuple):
@@ -91,21 +91,18 @@ def _check_prediction(task: Task) -> None:
     Time is taken to grow as a power of the length: the one that both runs show, and at least the first. What is
     quadratic or worse shows by then.
     """
-    length, power = task.workload.length, 1.0
-    shorter: tuple[int, float] | None = None
+    length = task.workload.length
+    shorter: list[tuple[int, float]] = []
     for part in (length // 16, length // 4):
         part -= part % GRANULE
         if not part:
             continue
         call = _program(task, task.workload._replace(length=part)).call
         call()
-        seconds = _timed(call, 1).cpu
-        if shorter is not None:
-            power = max(power, math.log(seconds / shorter[1]) / math.log(part / shorter[0]))
-        predicted = seconds * (length / part) ** power
+        shorter.append((part, _timed(call, 1).cpu))
+        predicted = extrapolated(shorter, length, least_power=1.0)
         if predicted > task.limit:
             raise _Skip(f"predicted at least {predicted:.0f} CPU s per call, over the limit of {task.limit:g}")
-        shorter = part, seconds
 
 
 def _program(task: Task, workload: Workload) -> Program:
@@ -142,7 +139,7 @@ def _jax_program(function: Callable[..., Any], given: Inputs, task: Task) -> Pro
     compiled = jax.jit(jax_step(function, task.backward)).lower(arrays, cotangent).compile()
     seconds = time.process_time() - start
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    most = MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = machine_memory()
     if temporary > most:
         raise _Skip(f"needs {temporary / 2**30:.0f} GiB of memory, over the {most / 2**30:.0f} that it may use here")
     return Program(

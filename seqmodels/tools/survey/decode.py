@@ -12,6 +12,7 @@ import numpy as np
 from seqmodels.errors import InputError
 from seqmodels.evaluation.generation import Sampling, generate_with_states
 from seqmodels.models import LanguageModel
+from seqmodels.models.accounting import tree_bytes
 from seqmodels.registry import MIXERS
 from seqmodels.tools.survey import plots
 from seqmodels.tools.survey.process import in_worker
@@ -61,7 +62,7 @@ def _in_one_run(model: LanguageModel, params: Any, tokens: int, progress: Progre
     for position, (_, state) in enumerate(_text(model, params, tokens), start=1):
         times.append(time.process_time())
         if position in (2, tokens) or position in inner:
-            sizes[position], peaks[position] = _bytes(state), _peak_memory()
+            sizes[position], peaks[position] = tree_bytes(state), _peak_memory()
             progress(position / tokens, f"token {position:,}")
         if position == width:
             peaks[position] = _peak_memory()
@@ -87,7 +88,7 @@ def _in_several_runs(model: LanguageModel, params: Any, tokens: int, progress: P
             state = after
             times.append(time.process_time())
         microseconds = _typical(np.diff(times)[1:] * 1e6)
-        points.append({"position": length, "bytes": _bytes(state), "us": microseconds})
+        points.append({"position": length, "bytes": tree_bytes(state), "us": microseconds})
     return points
 
 
@@ -100,11 +101,7 @@ def _text(model: LanguageModel, params: Any, tokens: int):
 
 
 def _declared_bytes(model: LanguageModel, capacity: int) -> int:
-    return _bytes(jax.eval_shape(lambda: model.initial_state(1, capacity)))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return tree_bytes(jax.eval_shape(lambda: model.initial_state(1, capacity)))
 
 
 def _peak_memory() -> int:

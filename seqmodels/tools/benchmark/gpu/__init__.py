@@ -4,7 +4,6 @@
     suite       processes that measure, and the rows put together from what they answer
     worker      all programs of one library, in one process (messages: what it is told and answers)
     libraries   what JAX and PyTorch do differently: placing arrays, compiling, waiting, reading the clock
-    clock       how many calls make a measurement
     tuning      Triton's search for the fastest configuration of a kernel, on all cores
     peers       functions of other libraries, for GPUs
     report      tables and JSON

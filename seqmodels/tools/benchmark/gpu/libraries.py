@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from seqmodels.tools._measuring import Span, span
 from seqmodels.tools.benchmark.cases import Inputs, Workload
-from seqmodels.tools.benchmark.gpu.clock import Span
 from seqmodels.tools.benchmark.gpu.messages import Key
 from seqmodels.tools.benchmark.gpu.tuning import compile_side_by_side
 from seqmodels.tools.benchmark.programs import Values, jax_step, torch_step
@@ -160,12 +160,7 @@ class JaxLibrary:
         jax.block_until_ready(values)
 
     def span(self, call: Callable[[], Values], calls: int) -> Span:
-        start = time.perf_counter()
-        for _ in range(calls):
-            values = call()
-        started = time.perf_counter()
-        self.wait(values)
-        return Span(time.perf_counter() - start, started - start)
+        return span(call, calls, self.wait)
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x, np.float32)

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from seqmodels.tools._measuring import measure
 from seqmodels.tools.benchmark.cases import Inputs, Workload, inputs
-from seqmodels.tools.benchmark.gpu.clock import measure
 from seqmodels.tools.benchmark.gpu.libraries import LIBRARIES, Function, Library, Placed, Program, sample
 from seqmodels.tools.benchmark.gpu.messages import (
     PALLAS,
