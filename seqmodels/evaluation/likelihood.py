@@ -6,8 +6,8 @@ A text is read in spans of up to SPAN tokens, and the state is handed from one t
 once, with all that stands before it, however long that is: there are no windows. Memory does not grow with the text,
 but for attention without a window, whose cache is made for all of it.
 
-Texts of similar length are read side by side, padded on the right to one of few lengths; padding changes nothing. What
-is compiled is one program for each of these lengths, and one for all texts of more than a span.
+Texts of similar length are read side by side, padded on the right to one of few lengths: what comes later changes
+nothing. One program is compiled for each of these lengths, and one for all texts of more than a span.
 """
 
 import functools
@@ -158,43 +158,37 @@ def _score_batch(
         all_greedy = all_greedy & (np.asarray(sums.correct) == np.asarray(sums.weight))
 
     previous = None
-    for batch in _spans(pairs, rows, span, longest):
-        current, state = _read_span(params, **batch, state=state, model=model)
+    for batch, read in _spans(pairs, rows, span, longest):
+        current, state = _read_span(params, *batch, state, model=model)
         # One span late, so that the device is never idle.
         if previous is not None:
             add(previous)
         previous = current
-        advance(int(batch["segment_ids"].sum()))
+        advance(read)
     add(previous)
     return [Score(float(value), bool(greedy)) for value, greedy in zip(log_likelihood, all_greedy)][: len(pairs)]
 
 
-def _spans(pairs: Sequence[Pair], rows: int, span: int, longest: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batch, `span` positions at a time; each position has the token after it as its target."""
+def _spans(pairs: Sequence[Pair], rows: int, span: int, longest: int) -> Iterator[tuple[tuple[np.ndarray, ...], int]]:
+    """The batch, `span` positions at a time: tokens, the token after each, whether that is scored (1.0 or 0.0), all
+    [rows, span]; and how many positions are no padding."""
     texts = [np.concatenate([np.asarray(ids, np.int32) for ids in pair]) for pair in pairs]
     for start in range(0, longest, span):
-        tokens, targets, segment_ids = np.zeros((3, rows, span), np.int32)
-        weights = np.zeros((rows, span), np.float32)
+        tokens, targets = np.zeros((2, rows, span), np.int32)
+        weights, read = np.zeros((rows, span), np.float32), 0
         for row, (pair, text) in enumerate(zip(pairs, texts)):
             piece = text[start : start + span + 1]
             count = max(0, len(piece) - 1)
             tokens[row, :count], targets[row, :count] = piece[:count], piece[1:]
-            segment_ids[row, :count] = 1
             weights[row, max(0, len(pair.context) - 1 - start) : count] = 1.0
-        yield {"tokens": tokens, "targets": targets, "segment_ids": segment_ids, "weights": weights}
+            read += count
+        yield (tokens, targets, weights), read
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _read_span(
-    params: Any,
-    tokens: Array,
-    targets: Array,
-    segment_ids: Array,
-    weights: Array,
-    state: Any,
-    *,
-    model: LanguageModel,
+    params: Any, tokens: Array, targets: Array, weights: Array, state: Any, *, model: LanguageModel
 ) -> tuple[LossSums, Any]:
     """Sums over the scored positions of each row, arrays [rows], and the state after the span."""
-    logits, state = model.apply({"params": params}, tokens, state, segment_ids)
+    logits, state = model.apply({"params": params}, tokens, state)
     return jax.vmap(loss_sums)(logits, targets, weights), state
