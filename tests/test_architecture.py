@@ -36,6 +36,7 @@ RESERVED = {
     "optax": {"training", *PROGRAMS},
     "orbax": {"training", *PROGRAMS},
     "grain": {"data", "training", *PROGRAMS},
+    "lm_eval": {"evaluation", *PROGRAMS},
 }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from seqmodels.models import LanguageModel
 from seqmodels.notation import Array
 
 PROMPT_MULTIPLE = 64
+STOP_INTERVAL = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +61,20 @@ def generate(
     max_tokens: int,
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    length: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue every prompt by `max_tokens` tokens; yields them as they come, int32 [number of prompts] each time.
 
     prompts: token ids, of any lengths but zero. Shorter ones are padded on the left; padding changes nothing.
     params: the model's parameters, as in a checkpoint. seed: equal seeds give equal text.
+    length: that prompts are padded to; None for the next multiple of PROMPT_MULTIPLE. Calls of equal shapes share what
+        is compiled.
 
     Memory does not grow with the text, but for attention without a window, whose cache is made for all of it.
     """
-    steps = generate_with_states(model, params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed)
+    steps = generate_with_states(
+        model, params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, length=length
+    )
     return (tokens for tokens, _ in steps)
 
 
@@ -80,38 +86,127 @@ def generate_with_states(
     max_tokens: int,
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    length: int | None = None,
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """As `generate`, and with each token the model's state before it is read, which is gone at the next token."""
     if not prompts or min(map(len, prompts)) == 0:
         raise InputError("generate: a prompt has no tokens; expected at least one in each")
-    length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    if length is None:
+        length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     tokens = np.zeros((len(prompts), length), np.int32)
     segment_ids = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
         segment_ids[row, length - len(prompt) :] = 1
 
-    variables = {"params": params}
-    draw = sampling.draw
-
-    @jax.jit
-    def prefill(variables: Any, tokens: Array, segment_ids: Array, key: Array) -> tuple[Array, Any]:
-        state = model.initial_state(len(prompts), capacity=length + max_tokens)
-        logits, state = model.apply(variables, tokens, state, segment_ids)
-        return draw(logits[:, -1], key), state
-
-    @functools.partial(jax.jit, donate_argnames="state")  # a cache is written in its place, not copied
-    def decode(variables: Any, tokens: Array, state: Any, key: Array) -> tuple[Array, Any]:
-        logits, state = model.apply(variables, tokens[:, None], state)
-        return draw(logits[:, -1], key), state
-
+    fixed = {"model": model, "sampling": sampling}
     keys = jax.random.split(jax.random.key(seed), max(max_tokens, 1))
     for i in range(max_tokens):
         if i == 0:
-            drawn, state = prefill(variables, tokens, segment_ids, keys[0])
+            drawn, state = _prefill(params, tokens, segment_ids, keys[0], capacity=length + max_tokens, **fixed)
         else:
-            drawn, state = decode(variables, drawn, state, keys[i])
+            drawn, state = _decode(params, drawn, state, keys[i], **fixed)
         yield np.asarray(drawn, np.int32), state
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "sampling"))
+def _prefill(
+    params: Any,
+    tokens: Array,
+    segment_ids: Array,
+    key: Array,
+    *,
+    model: LanguageModel,
+    capacity: int,
+    sampling: Sampling,
+) -> tuple[Array, Any]:
+    state = model.initial_state(tokens.shape[0], capacity=capacity)
+    logits, state = model.apply({"params": params}, tokens, state, segment_ids)
+    return sampling.draw(logits[:, -1], key), state
+
+
+# A cache is written in its place, not copied.
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+def _decode(
+    params: Any, tokens: Array, state: Any, key: Array, *, model: LanguageModel, sampling: Sampling
+) -> tuple[Array, Any]:
+    logits, state = model.apply({"params": params}, tokens[:, None], state)
+    return sampling.draw(logits[:, -1], key), state
+
+
+def write_until(
+    model: LanguageModel,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    stops: Sequence[str] = (),
+    sampling: Sampling = Sampling(0.0),
+    seed: int = 0,
+    batch_size: int = 16,
+    advance: Callable[[int], object] = lambda texts: None,
+) -> list[str]:
+    """What the model writes after each prompt, up to the end of the document, `max_tokens` or the first of `stops`.
+
+    Prompts go in batches, the longest first, padded to few lengths. Equal prompts are drawn for independently.
+
+    stops: see `before_stop`. advance: told how many texts were written, after every batch.
+    """
+    texts = [""] * len(prompts)
+    for number, batch in enumerate(batches_by_length(list(map(len, prompts)), batch_size)):
+        rows = min(batch_size, len(prompts))
+        padded = [prompts[i] for i in batch] + [prompts[batch[-1]]] * (rows - len(batch))
+        length = round_up(len(padded[0]), PROMPT_MULTIPLE)
+        steps = generate(
+            model, params, padded, max_tokens=max_tokens, sampling=sampling, seed=seed + number, length=length
+        )
+        for i, text in zip(batch, _texts_until(steps, tokenizer, stops, len(batch))):
+            texts[i] = text
+        advance(len(batch))
+    return texts
+
+
+def _texts_until(steps: Iterable[np.ndarray], tokenizer: Tokenizer, stops: Sequence[str], count: int) -> list[str]:
+    """The texts of the first `count` rows; takes no more steps than they need, but for up to STOP_INTERVAL."""
+    ids: list[list[int]] = [[] for _ in range(count)]
+    unfinished = set(range(count))
+    for number, drawn in enumerate(steps, start=1):
+        for row in list(unfinished):
+            if drawn[row] == tokenizer.separator:
+                unfinished.remove(row)
+            else:
+                ids[row].append(int(drawn[row]))
+        if stops and number % STOP_INTERVAL == 0:
+            unfinished = {row for row in unfinished if not _holds_any(tokenizer.decode(ids[row]), stops)}
+        if not unfinished:
+            break
+    return [before_stop(tokenizer.decode(row), stops) for row in ids]
+
+
+def _holds_any(text: str, stops: Sequence[str]) -> bool:
+    return any(stop in text for stop in stops)
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the one of `stops` that is complete first, as if it had been looked for after each character;
+    all of it where there is none."""
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    if not ends:
+        return text
+    read = text[: min(ends)]
+    return read[: min(read.find(stop) for stop in stops if stop in read)]
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of neighbours in length, the longest first: what does not fit in memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def round_up(length: int, smallest: int) -> int:
+    """The next of `smallest`, twice, four times ... that: lengths to compile for."""
+    return smallest << max(0, -(-length // smallest) - 1).bit_length()
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
