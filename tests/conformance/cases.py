@@ -33,13 +33,20 @@ LAYER_WIDTH = 16
 # operator is tried on more laws than the others.
 PLAIN_LAYER_LAWS = frozenset({"split", "documents", "state", "start"})
 PLAIN_FIRST_LAYER_LAWS = PLAIN_LAYER_LAWS | {"forms", "devices"}
-# Laws that take long on these operators and layers. A plain run tries them on what the layers are made of, and the
-# operators on fewer meshes.
+# Laws that take long on these operators and layers, or on these examples. A plain run tries them on other examples, on
+# what the layers are made of, and the operators on fewer meshes.
 NOT_PLAIN = {
+    "aaren, one query": {"more meshes"},
     "delta_rule": {"more meshes"},
+    "delta_rule, grouped heads": {"devices"},
+    "linear_attention, grouped heads": {"more meshes"},
     "memory_as_context": {"more meshes", "precision"},
+    "memory_as_context, two layers, prefix": {"causality", "devices", "forms"},
     "mlstm": {"more meshes"},
     "neural_memory": {"more meshes", "devices"},  # `titans_memory` is tried on eight devices
+    "neural_memory, test-time training": {"forms"},
+    "neural_memory, two layers": {"forms"},
+    "ssd, two groups, skip per channel": {"more meshes"},
     "titans_mac": {"devices", "documents"},
     "titans_mag": {"documents"},
     "titans_mal": {"documents"},

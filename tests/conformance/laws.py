@@ -459,7 +459,8 @@ def each_law_on_each_case(laws: dict[str, Callable], cases: Iterable[Case]) -> p
     ]
 
     def marks(law: str, case: Case) -> list[pytest.MarkDecorator]:
-        slow = (case.plain_laws is not None and law not in case.plain_laws) or law in NOT_PLAIN.get(case.name, ())
+        long = {*NOT_PLAIN.get(case.name, ()), *NOT_PLAIN.get(str(case), ())}
+        slow = (case.plain_laws is not None and law not in case.plain_laws) or law in long
         return [pytest.mark.xdist_group(str(case)), *([pytest.mark.slow] if slow else [])]
 
     return pytest.mark.parametrize(
