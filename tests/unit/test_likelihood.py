@@ -124,7 +124,7 @@ def test_few_programs_are_compiled(short_spans):
     """One for each padded length, and one for all that is longer than a span."""
     model = tiny_model()[0].clone(norm_eps=2e-5)
     before = likelihood._read_span._cache_size()
-    score_continuations(model, tiny_model()[1], pairs_of(*((1, n) for n in range(1, 60))), batch_size=8)
+    score_continuations(model, tiny_model()[1], pairs_of(*((1, n) for n in range(1, 60))), batch_size=2)
     assert likelihood._read_span._cache_size() - before == 3
 
 

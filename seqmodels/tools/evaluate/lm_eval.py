@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--include_path",
-        type=Path,
         metavar="FOLDER",
         help="a folder with task files (YAML) of your own; paths in them are seen from the working directory",
     )
@@ -57,7 +56,7 @@ def evaluate(run: TrainedRun, options: argparse.Namespace) -> Evaluation:
         value = getattr(options, name)
         if value is not None and value < least:
             raise InputError(f"--{name} is {value}; expected at least {least}")
-    if options.include_path is not None and not options.include_path.is_dir():
+    if options.include_path is not None and not Path(options.include_path).is_dir():
         raise InputError(f"--include_path {options.include_path} is no folder; expected one with task files (YAML)")
     tokenizer = run.job.data.tokenizer
     if tokenizer is None:
