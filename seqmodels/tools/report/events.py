@@ -46,12 +46,13 @@ NO_TIMES = Times(0.0, {})
 
 def read_times(folder: "epath.Path") -> Times:
     """Of the event files in a folder, one for each start of the program; zero seconds where there are none."""
+    starts = []
+    for file in list_folder(folder):
+        if ".tfevents." in file.name:
+            with told(f"cannot read {file}", file):
+                starts.append(list(_events(file.read_bytes())))
     seconds, speeds = 0.0, {}
-    for file in sorted(file for file in list_folder(folder) if ".tfevents." in file.name):
-        with told(f"cannot read {file}", file):
-            events = list(_events(file.read_bytes()))
-        if not events:
-            continue
+    for events in sorted(filter(None, starts), key=lambda events: events[0].wall_time):
         seconds += events[-1].wall_time - events[0].wall_time
         for event in events:
             if event.HasField("session_log"):  # a later start repeats the steps behind its checkpoint
