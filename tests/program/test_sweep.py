@@ -250,7 +250,7 @@ with Progress([(point, 4) for point in points], "accuracy") as progress:
 def test_points_do_not_outlive_a_runner_that_is_killed(play, tmp_path):
     points = play(a="serve()", b="serve()")
     text = RUNNER.format(root=str(running.ROOT), paths=[str(point.path) for point in points])
-    with subprocess.Popen([sys.executable, "-c", text], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}) as runner:
+    with subprocess.Popen([sys.executable, "-c", text], cwd=REPOSITORY) as runner:
         try:
             wait_until(lambda: all((point.path / "serves").exists() for point in points), runner.poll)
             numbers = [int((point.path / "serves").read_text()) for point in points]

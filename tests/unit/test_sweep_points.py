@@ -372,6 +372,13 @@ def test_a_second_start_writes_nothing_and_a_longer_file_adds_points(sweep_of, t
     assert all((folder / f"{mixer}-{seed}/point.json").exists() for mixer in ("attention", "gla") for seed in range(3))
 
 
+def test_another_metric_is_checked_again(sweep_of, tmp_path):
+    folder, text = SweepFolder(tmp_path / "folder"), BASE + MIXERS
+    put(sweep_of(text), tmp_path / "folder")
+    assert folder.checked(sweep_of(text)).keys() == {"attention", "gla"}
+    assert folder.checked(sweep_of(text + "sweep.metric = 'los'")) == {}
+
+
 def test_a_point_that_has_begun_with_another_config_is_refused_with_the_difference(sweep_of, tmp_path):
     folder, text = tmp_path / "folder", BASE + MIXERS
     put(sweep_of(text), folder)

@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmodels import config
-from seqmodels.config import Text
 from seqmodels.constructors import register_constructors
 from seqmodels.errors import InputError, nearest
 from seqmodels.tools.sweep.points import Point, Sweep
@@ -64,7 +63,7 @@ def check(
     resolved, wrong = {}, {}
     for point in sweep.points:
         try:
-            _parse(sweep, point)
+            config.parse([sweep.file], sweep.overrides, texts=point.texts, apart="sweep")
             text = config.config_text()
             fingerprint, steps = known.get(point.name, ("", 0))
             found = Resolved(text, steps)
@@ -81,11 +80,6 @@ def check(
     if wrong:
         raise InputError("\n".join(_told(error, points, len(sweep.points)) for error, points in wrong.items()))
     return resolved
-
-
-def _parse(sweep: Sweep, point: Point) -> None:
-    texts: Iterable[Text] = point.texts
-    config.parse([sweep.file], sweep.overrides, texts=texts, apart="sweep")
 
 
 def _build(sweep: Sweep, text: str, traced: dict[str, Any], fits: Callable[[TrainingJob], None]) -> TrainingJob:

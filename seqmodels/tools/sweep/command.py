@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _check(sweep: Sweep, folder: SweepFolder | None, fits: Callable[[TrainingJob], None]) -> dict[str, Resolved]:
     shape = "checking {n_fmt}/{total_fmt} points [{elapsed}<{remaining}]"
     with tqdm(total=len(sweep.points), bar_format=shape, leave=False, disable=not sys.stderr.isatty()) as bar:
-        resolved = check(sweep, folder.checked() if folder else {}, lambda name: bar.update(), fits)
+        resolved = check(sweep, folder.checked(sweep) if folder else {}, lambda name: bar.update(), fits)
     if folder is not None:
         folder.check(sweep, resolved)
     return resolved

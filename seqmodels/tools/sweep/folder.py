@@ -128,8 +128,10 @@ class SweepFolder:
         record = self._record()
         return [*record.get("points", []), *record.get("gone", [])]
 
-    def checked(self) -> dict[str, tuple[str, int]]:
-        """Fingerprints of the configs, and steps, of points that have been checked before."""
+    def checked(self, sweep: Sweep) -> dict[str, tuple[str, int]]:
+        """Fingerprints of the configs, and steps, of points that have been checked before, for the sweep's metric."""
+        if self._record().get("metric") != sweep.metric:
+            return {}
         return {point["name"]: (point["fingerprint"], point["steps"]) for point in self.known()}
 
     def check(self, sweep: Sweep, resolved: Mapping[str, Resolved]) -> None:
