@@ -15,6 +15,8 @@ from seqmodels.models.accounting import parameter_count
 from seqmodels.notation import MESH_AXES
 from seqmodels.registry import MIXERS
 from seqmodels.tools.compile_check.report import START
+from seqmodels.tools.sweep.check import check
+from seqmodels.tools.sweep.points import read_sweep
 from seqmodels.training import TrainingJob, parameter_shapes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -74,9 +76,7 @@ def test_experiment(file):
 @pytest.mark.parametrize("file", SWEEPS, ids=name)
 def test_sweep(file):
     """Every point of it."""
-    points = pytest.importorskip("seqmodels.tools.sweep.points")
-    check = pytest.importorskip("seqmodels.tools.sweep.check").check
-    sweep, seen = points.read_sweep(file), []
+    sweep, seen = read_sweep(file), []
     assert len(check(sweep, {}, seen.append, lambda job: job.check_fits(ONE_DEVICE))) == len(seen) > 1
 
 
@@ -135,7 +135,7 @@ def test_an_experiment_opens_like_a_methods_section(file):
     assert re.search(r"^# Question +\S.*\?$", head, re.MULTILINE), head
     program = r"train\.py --config (\S+) --run_dir runs/\w+"
     if is_sweep(file):
-        program = r"-m seqmodels\.tools\.sweep (\S+) --sweep_dir sweeps/\w+(?: --jobs \d+)?"
+        program = r"-m seqmodels\.tools\.sweep (\S+) --sweep_dir runs/\w+(?: --jobs \d+)?"
     command = re.search(rf"^# Command +python {program}$", head, re.MULTILINE)
     assert command and REPOSITORY / command[1] == file, "the command is for another file"
 

@@ -70,12 +70,12 @@ def test_training_bytes_are_arguments_and_temporaries_of_the_step_that_is_measur
     training = throughput._Training(tiny_run(), LENGTHS[-1])
     for row in evaluation.rows:
         with jax.set_mesh(training._mesh):
-            step, state, batch = training.compiled(row["length"])
-        analysis = step.memory_analysis()
+            step, program, state, batch = training.compiled(row["length"])
+        analysis = program.memory_analysis()
         assert row["training_bytes"] == analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-        # A seed is a scalar, and its step a number: what is left is what the step is given.
         key = jax.random.key_data(state.key)
-        assert analysis.argument_size_in_bytes == tree_bytes((state.params, state.opt_state, state.step, key, batch))
+        given = (state.params, state.opt_state, state.step, key, batch, step.hyperparameters)
+        assert analysis.argument_size_in_bytes == tree_bytes(given)
 
 
 @pytest.mark.parametrize("tokens", [32, 96])
@@ -123,14 +123,12 @@ def left_out(capsys) -> list[str]:
 
 
 def test_a_cell_that_takes_too_long_is_left_out_with_the_reason_and_so_are_longer_ones(capsys):
-    rows = throughput.evaluate(tiny_run(), options("--max_seconds", "1e-6")).rows
+    _, _, rows, _, notes = throughput.evaluate(tiny_run(), options("--max_seconds", "1e-6"))
     assert [set(row) for row in rows] == [{"length", "training_bytes", "state_bytes"}, {"length", "state_bytes"}]
     told = left_out(capsys)
+    assert notes[1:] == [f"{line}." for line in told]
     assert len(told) == 4 and all("over the limit of 1e-06" in line for line in told)
-    assert [line.partition(" left")[0] for line in told[:2]] == [
-        "throughput, length 16, training:",
-        "throughput, length 16, decoding:",
-    ]
+    assert [line.partition(" left")[0] for line in told[:2]] == ["length 16, training:", "length 16, decoding:"]
     assert all("takes at least" in line for line in told[:2]) and all("expected to take" in line for line in told[2:])
 
 

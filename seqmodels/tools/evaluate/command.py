@@ -36,7 +36,7 @@ SUITES = {
     "perplexity": Suite("seqmodels.tools.evaluate.perplexity", "loss on held-out text by length and by position"),
     "needle": Suite("seqmodels.tools.evaluate.needle", "what is hidden in a text, by length and depth"),
     "recall": Suite("seqmodels.tools.evaluate.recall", "the run's synthetic task, at other lengths and sizes"),
-    "throughput": Suite("seqmodels.tools.evaluate.throughput", "speed and memory of decoding, by context length"),
+    "throughput": Suite("seqmodels.tools.evaluate.throughput", "speed and memory of training and decoding, by length"),
     "lm_eval": Suite("seqmodels.tools.evaluate.lm_eval", "tasks of lm-evaluation-harness (an optional extra)"),
 }
 

@@ -18,8 +18,9 @@ from seqmodels.parallel.mesh import make_mesh
 from seqmodels.tools._measuring import Span, Timing, extrapolated, machine_memory, measure, span
 from seqmodels.tools._runs import TrainedRun
 from seqmodels.tools.compile_check.check import batch_shapes, reason
-from seqmodels.tools.evaluate.evaluation import Evaluation
+from seqmodels.tools.evaluate.evaluation import Evaluation, Row
 from seqmodels.training import TrainingJob, create_state, parameter_shapes, say
+from seqmodels.training.step import TrainStep
 
 DESCRIPTION = """\
 Speed and memory of the run's model by length, on one device, with random tokens.
@@ -44,8 +45,6 @@ UNITS = {
 }
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 REPEATS = 5
-
-Row = dict[str, float | int | str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,18 +80,27 @@ def evaluate(run: TrainedRun, options: argparse.Namespace) -> Evaluation:
         ("training", _Training(run, tokens), _Limits(limit, options.max_seconds, powers=(0, 1))),
         ("decoding", _Decoding(run, options), _Limits(limit, options.max_seconds, powers=(1, 2))),
     ]
+    left_out: list[str] = []
     rows: list[Row] = [{"length": length, **_state_bytes(run.job.model, length)} for length in lengths]
     with tqdm(total=len(rows) * len(tasks), desc="throughput", unit="cell", disable=None, leave=False) as bar:
         for row in rows:
             for name, task, limits in tasks:
-                where = f"throughput, length {row['length']:,}, {name}:"
+                where = f"length {row['length']:,}, {name}"
                 try:
                     with limits.cell(row["length"]):
-                        say(f"{where} {task.measure(row, limits)}{_peak(device)}")
-                except _LeftOutError as left_out:
-                    say(f"{where} left out: {left_out}")
+                        told = f"{where}: {task.measure(row, limits)}{_peak(device)}"
+                except _LeftOutError as why:
+                    told = f"{where}: left out, {why}"
+                    left_out.append(f"{told}.")
+                say(told)
                 bar.update()
-    return Evaluation("length", UNITS, [{name: row[name] for name in UNITS if name in row} for row in rows])
+    notes = [
+        f"Batches of {tokens:,} tokens in training, {options.decode_batch:,} texts at once in decoding; one "
+        f"{device.device_kind} device.",
+        *left_out,
+    ]
+    rows = [{name: row[name] for name in UNITS if name in row} for row in rows]
+    return Evaluation("length", UNITS, rows, notes=notes)
 
 
 def _check(options: argparse.Namespace, lengths: list[int]) -> None:
@@ -165,28 +173,29 @@ class _Training:
     def measure(self, row: Row, limits: _Limits) -> str:
         """Puts into the row what is found, as it is found; returns a line that tells it."""
         with jax.set_mesh(self._mesh):
-            step, state, batch = self.compiled(row["length"])
-            row["training_bytes"] = program_bytes(step)
+            step, program, state, batch = self.compiled(row["length"])
+            row["training_bytes"] = program_bytes(program)
             limits.check_memory(row["training_bytes"])
             limits.check_time()
 
             def update() -> Any:
                 nonlocal state
-                state, result = step(state, batch)
+                state, result = program(state, batch, step.hyperparameters)
                 return result
 
             timing = _timing(lambda calls: span(update, calls, jax.block_until_ready), limits)
         row["training_tokens_per_second"] = self._tokens / timing.best
         return _told(row["training_tokens_per_second"], timing, row["training_bytes"])
 
-    def compiled(self, length: int) -> tuple[Any, Any, Any]:
-        """The step for sequences of this length, a state that it starts with, and a batch."""
+    def compiled(self, length: int) -> tuple[TrainStep, Any, Any, Any]:
+        """The step for sequences of this length, its program, a state that it starts with, and a batch."""
         job = self._job(length)
         # A step consumes the state that it is given, and the run's parameters are still needed.
         params = jax.tree.map(jnp.copy, self._run.params)
         start = {"seq_len": length, "seed": job.seed, "mesh": self._mesh, "params": params}
         state, batch = create_state(job.model, self._transform, **start), self.batch(length)
-        return job.train_step(self._transform, self._mesh, state).lower(state, batch).compile(), state, batch
+        step = job.train_step(self._mesh, state)
+        return step, step.lower(state, batch).compile(), state, batch
 
     def batch(self, length: int) -> dict[str, jax.Array]:
         job = self._job(length)
