@@ -323,7 +323,6 @@ def test_a_result_has_the_name_of_its_suite_or_its_own(evaluation, name):
 
 
 def test_evaluations_that_would_be_refused_are_found_before_anything_runs(sweep_of):
-    pytest.importorskip("seqmodels.tools.evaluate.command")
     text = BASE + MIXERS
     check_evaluations(sweep_of(text + "sweep.evaluate = ['perplexity --lengths 5']"))
     with pytest.raises(InputError, match=r"sweep.gin:\d+: .*'perplexty' does not exist; did you mean 'perplexity'"):
