@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from seqmodels.errors import EXIT_DEFECT, EXIT_DONE, EXIT_INPUT, EXIT_RESTART
+from seqmodels.tools.report import __main__ as report
 from seqmodels.tools.sweep import __main__ as program
 from seqmodels.tools.sweep import run as running
 from seqmodels.tools.sweep.folder import PointFolder
@@ -341,6 +342,7 @@ def started(command: list[str], env: dict[str, str]) -> Iterator[subprocess.Pope
 def test_three_kills_leave_no_trace(tmp_path, own_cache):
     file, seed, steps = tmp_path / "sweep.gin", 0, 40
     more = "train.steps = 40\ntrain.checkpoint_every = 4\ntrain.eval_every = 10\n"
+    more += "sweep.evaluate = ['recall --lengths 32 64']\n"
     file.write_text(SWEEP + more + "sweep.product = {'LanguageModel.d_model': [16, 32]}\n")
     env = own_cache | {"PYTHONPATH": str(REPOSITORY)}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
@@ -366,6 +368,12 @@ def test_three_kills_leave_no_trace(tmp_path, own_cache):
     ended = subprocess.run(sweep_command(file, killed), env=env, capture_output=True, text=True)
     assert ended.returncode == EXIT_DONE, (ended, note)
     for name in names:
-        for part in ("metrics.jsonl", "DONE", "config.gin", "operative_config.gin", "point.json"):
+        configs, results = ("config.gin", "operative_config.gin", "point.json"), ("DONE", "evaluations/recall.json")
+        for part in ("metrics.jsonl", *configs, *results):
             assert (killed / name / part).read_bytes() == (undisturbed / name / part).read_bytes(), (name, part, note)
     assert (killed / "sweep.json").read_bytes() == (undisturbed / "sweep.json").read_bytes(), note
+    reports = [tmp_path / f"report of {folder.name}" for folder in (undisturbed, killed)]
+    for folder, out in zip((undisturbed, killed), reports):
+        assert report.main([str(folder), "--no_pictures", "--out", str(out)]) == EXIT_DONE
+    for part in ("summary.csv", "results.csv"):  # times are in another file
+        assert len({(out / part).read_bytes() for out in reports}) == 1, (part, note)
