@@ -77,7 +77,7 @@ class TrainingJob:
         eval_every: updates from one evaluation to the next; None evaluates at the end only.
         eval_batches: how many held-out batches an evaluation looks at; None for all.
         goal: a name of what an evaluation reports and a value, such as ('accuracy', 0.99): the run ends early once an
-            evaluation has at least that.
+            evaluation has at least that, or of a loss, a perplexity or bits per byte at most.
         checkpoint_every: updates from one checkpoint to the next; None saves at the end, or when stopped.
         keep: how many checkpoints stay.
         profile_steps: the first and the last update to trace into the run directory's `profile` folder.

@@ -27,7 +27,7 @@ from seqmodels.parallel.mesh import must_take_turns, place_batch
 from seqmodels.parameter_rules import parameter_paths
 from seqmodels.training.checkpoint import Checkpointer
 from seqmodels.training.in_flight import StepsInFlight
-from seqmodels.training.metrics import Report
+from seqmodels.training.metrics import Report, less_is_better
 from seqmodels.training.state import TrainState
 from seqmodels.training.step import Batch, StepResult
 from seqmodels.training.stop_request import StopRequest
@@ -67,7 +67,8 @@ def training_loop(
         state: after `start` updates; consumed.
         batches: stands at the batch of update `start + 1`.
         evaluate: parameters to metrics; called every `eval_every` updates and after the last one.
-        goal: a name among the metrics of `evaluate` and a value; a run ends early once an evaluation has at least that.
+        goal: a name among the metrics of `evaluate` and a value; a run ends early once an evaluation has at least that,
+            or where less is better at most.
         profile_steps: first and last update to trace into `profile_directory`.
 
     Raises:
@@ -89,7 +90,7 @@ def training_loop(
         name, value = goal
         if name not in metrics:
             raise InputError(f"train.goal is {goal}, but the evaluation has no {name!r}: {nearest(name, metrics)}")
-        return metrics[name] >= value
+        return metrics[name] <= value if less_is_better(name) else metrics[name] >= value
 
     if goal is not None and start and eval_every and start % eval_every == 0 and reaches_goal(evaluate(state.params)):
         # The program was killed between the last save and the run's end.

@@ -46,6 +46,15 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for kind, peak in PEAK_FLOPS if re.fullmatch(kind, device_kind)), None)
 
 
+# Of numbers of these names less is better; of others, more.
+_LESS_IS_BETTER = re.compile(r"(^|_)(loss|perplexity|excess|bits|error|seconds|bytes|nll)(_|$)")
+
+
+def less_is_better(name: str) -> bool:
+    """Whether a number that an evaluation reports is a cost."""
+    return _LESS_IS_BETTER.search(name) is not None
+
+
 def say(line: str) -> None:
     """A line for the person who watches, from the first process alone; a progress line stays below it."""
     if jax.process_index() == 0:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import seqmodels
 from seqmodels.errors import InputError
 from seqmodels.files import TEMPORARY, GrowingFile, in_bucket, list_folder, to_path, told, write_file
+from seqmodels.machine import usable_cores
 
 if TYPE_CHECKING:
     from etils import epath
@@ -266,7 +267,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "packages": dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
     }
 

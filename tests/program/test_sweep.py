@@ -77,7 +77,7 @@ def play(tmp_path, monkeypatch):
 
 
 def run(points, evaluations=(), jobs=1):
-    with Progress([(point, 4) for point in points], "accuracy") as progress:
+    with Progress([(point, 4) for point in points], "accuracy", len(points)) as progress:
         return run_points(points, evaluations, jobs, progress)
 
 
@@ -243,7 +243,7 @@ from seqmodels.tools.sweep.folder import PointFolder
 from seqmodels.tools.sweep.progress import Progress
 run.ROOT = Path({root!r})
 points = [PointFolder(Path(path), Path(path + ".log")) for path in {paths!r}]
-with Progress([(point, 4) for point in points], "accuracy") as progress:
+with Progress([(point, 4) for point in points], "accuracy", len(points)) as progress:
     run.run_points(points, [], 2, progress)
 """
 

@@ -205,6 +205,11 @@ def test_a_run_ends_at_its_goal(tmp_path):
     assert (tmp_path / "run" / "DONE").read_bytes() == done
 
 
+def test_a_goal_of_a_loss_is_reached_from_above(tmp_path):
+    assert run_job(make_job(goal=("loss", 1e9)), tmp_path / "run") == EXIT_DONE
+    assert list_steps(tmp_path / "run" / "checkpoints")[-1] == 3
+
+
 def test_a_goal_out_of_reach_changes_nothing(tmp_path, undisturbed):
     assert run_job(make_job(goal=("accuracy", 1.1)), tmp_path / "run") == EXIT_DONE
     assert_same_run(tmp_path / "run", undisturbed)

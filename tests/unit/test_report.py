@@ -192,6 +192,25 @@ def test_beyond_the_best_a_point_that_failed_is_an_outcome_and_one_that_goes_on_
     assert (row.finished, row.of) == (2, 3)
 
 
+def test_a_value_with_which_seeds_failed_is_not_the_best(tmp_path):
+    order = {"mixer": ["based"], "learning_rate": RATES, "seed": [0, 1]}
+    # The luckiest of all runs, whose like failed.
+    known = {0.001: (0.5, 0.6), 0.003: (0.7, 0.7), 0.01: (0.99, None)}
+    make_sweep(tmp_path, order, lambda mixer, learning_rate, seed: known[learning_rate][seed])
+    (row,) = rows_of(tmp_path)
+    assert (row.best, row.mean) == ({"learning_rate": 0.003}, pytest.approx(0.7))
+
+
+def test_state_is_told_by_layer_also_where_a_layer_has_several_mixers(tmp_path):
+    make_sweep(tmp_path, {"mixer": ["based"]}, lambda mixer: 0.5)
+    file = tmp_path / "based" / "costs.json"
+    costs = json.loads(file.read_text())
+    costs["mixers"] = [{**costs["mixers"][0], "layer": layer, "state_bytes": 100 + layer} for layer in (0, 0, 1, 1)]
+    file.write_text(json.dumps(costs))
+    (row,) = rows_of(tmp_path)
+    assert row.points[0].per_layer("state_bytes") == (100 + 100 + 101 + 101) / 2
+
+
 def test_names_have_no_edge(tmp_path):
     make_sweep(tmp_path, {"mixer": MIXERS}, lambda mixer: 0.5, best_of=["mixer"])
     (row,) = rows_of(tmp_path)

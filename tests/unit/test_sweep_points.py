@@ -12,7 +12,7 @@ from seqmodels.errors import InputError
 from seqmodels.tools.sweep import check as checking
 from seqmodels.tools.sweep.check import Resolved, check, check_evaluations, fits_here
 from seqmodels.tools.sweep.command import choose
-from seqmodels.tools.sweep.folder import SweepFolder
+from seqmodels.tools.sweep.folder import PointFolder, SweepFolder
 from seqmodels.tools.sweep.points import LONGEST_NAME, read_sweep, result_of
 
 BASE = """\
@@ -115,6 +115,13 @@ def test_a_point_is_its_base_then_its_axes_then_its_overrides_then_the_command_l
     other = lines(resolved["gla-32-1-0.003"].text)
     assert {"GatedLinearAttention.num_heads = 2", "MQAR.num_kv_pairs = 4", "train.seq_len = 32"} < other
     assert not any("sweep" in line or "RATES" in line for line in last | other)
+
+
+def test_a_condition_may_list_labels_that_are_no_numbers(sweep_of):
+    axes = "sweep.product = {'SoftmaxAttention.qk_norm': [True, False, None]}\n"
+    more = "sweep.overrides = [({'qk_norm': [True, None]}, ['train.seed = 3'])]"
+    points = sweep_of(BASE + axes + more).points
+    assert ["train.seed = 3" in point.bindings for point in points] == [True, False, True]
 
 
 def test_the_command_line_may_change_the_sweep_itself(sweep_of):
@@ -246,6 +253,7 @@ def test_what_is_wrong_with_the_axes_is_one_line(sweep_of, line, message):
         ("sweep.product = {'DeviceMesh.data': [3, -1]}", "attention-3 and 1 more of 4 points: .*data"),
         ("sweep.metric = 'acuracy'", r"attention and the other point: .*sweep.metric is 'acuracy'; .* 'accuracy'"),
         ("sweep.metric = 'bits_per_byte'", ".*'bits_per_byte'; valid: accuracy, loss"),
+        ("train.eval_every = 4\ntrain.goal = ('acuracy', 0.9)", r".*train.goal is \('acuracy', 0.9\), .*'accuracy'"),
     ],
 )
 def test_a_bad_point_is_named_with_what_is_wrong_before_anything_runs(sweep_of, line, message):
@@ -329,6 +337,20 @@ def test_evaluations_that_would_be_refused_are_found_before_anything_runs(sweep_
         check_evaluations(sweep_of(text + "sweep.evaluate = ['perplexty --lengths 5']"))
     with pytest.raises(InputError, match=r"sweep.gin:\d+: .*unrecognized arguments: --lenghts"):
         check_evaluations(sweep_of(text + "sweep.evaluate = ['perplexity --lenghts 5']"))
+    with pytest.raises(InputError, match=r"sweep.gin:\d+: .*--step is 3: expected none"):
+        check_evaluations(sweep_of(text + "sweep.evaluate = ['perplexity --step 3']"))
+
+
+def test_an_evaluation_counts_once_it_was_noted_and_as_it_was_then(tmp_path):
+    point, (file, asked) = PointFolder(tmp_path, tmp_path / "log"), ("perplexity.json", "perplexity --lengths 5")
+    (tmp_path / "DONE").write_text('{"step": 3, "metrics": {}}')
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / file).write_text('{"step": 3}')
+    assert not point.is_evaluated(asked)  # whoever wrote it
+    point.note_evaluation(asked)
+    assert point.is_evaluated(asked) and not point.is_evaluated("perplexity --lengths 6")
+    (tmp_path / "evaluations" / file).write_text('{"step": 3, "rows": []}')
+    assert not point.is_evaluated(asked)
 
 
 # The folder

@@ -55,8 +55,10 @@ def main(argv: list[str]) -> None:
     folder = folder_of(options.run)
     found = suite.evaluate(run, options)
     parts = {"": found} if isinstance(found, Evaluation) else found
-    for addition, evaluation in parts.items():
+    for evaluation in parts.values():
         print(f"\n{as_markdown(evaluation)}")
+    # The one by whose name a sweep knows that all is done comes last.
+    for addition, evaluation in reversed(parts.items()):
         written = write(folder, f"{options.name}{addition}", run.step, given_to_suite(options), evaluation)
         print(f"\n{written}")
 

@@ -75,7 +75,8 @@ def evaluate(run: TrainedRun, options: argparse.Namespace) -> Evaluation:
             bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in point.items()))
             keys = {name: _in_table(point[name]) for name in varying}
             rows.append(keys | _measure(run, varied, point[LENGTH], bar))
-    return Evaluation(varying[0], {LENGTH: "tokens", "loss": "nats"}, rows, notes=notes)
+    units = {LENGTH: "tokens", "loss": "nats" if task.input_size is None else "squared error"}
+    return Evaluation(varying[0], units, rows, notes=notes)
 
 
 def _fields(task: SyntheticTask, vary: Sequence[str], pairs: Sequence[int] | None) -> dict[str, list[Any]]:

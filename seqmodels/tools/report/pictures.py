@@ -25,8 +25,7 @@ UNITS = {
 
 
 class Line(NamedTuple):
-    """of: the label it stands for. x, y: its points. low, high: from the least to the most over seeds, at each point.
-    values: what y is the mean of is one or several numbers."""
+    """of: the label it stands for. x, y: its points. low, high: from the least to the most over seeds, at each."""
 
     of: str
     x: Sequence[float | str]

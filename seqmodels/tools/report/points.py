@@ -102,9 +102,9 @@ class Point:
         return None if forward is None or self.tokens is None else 3 * forward * self.tokens
 
     def per_layer(self, name: str) -> float | None:
-        """The mean over layers of a number of costs.json's mixers."""
+        """The mean over layers of a number of costs.json's mixers, of which a layer may have several."""
         mixers = self.costs.get("mixers")
-        return sum(mixer[name] for mixer in mixers) / len(mixers) if mixers else None
+        return sum(mixer[name] for mixer in mixers) / len({mixer["layer"] for mixer in mixers}) if mixers else None
 
     @property
     def state_grows(self) -> bool | None:

@@ -12,7 +12,8 @@ from seqmodels.tools._documents import put_section
 from seqmodels.tools.report import draw, page, tables
 from seqmodels.tools.report.pictures import HeatMaps, Picture, pictures
 from seqmodels.tools.report.points import Sweep
-from seqmodels.tools.report.selection import Row, conditions, dates, less_is_better, select
+from seqmodels.tools.report.selection import Row, conditions, dates, select
+from seqmodels.training.metrics import less_is_better
 
 Pictures = Mapping[str, bytes]
 

@@ -3,18 +3,11 @@
 import dataclasses
 import itertools
 import math
-import re
 import statistics
 from collections.abc import Sequence
 
 from seqmodels.tools.report.points import FAILED, FINISHED, Label, Point, Sweep
-
-# Of these less is better; of everything else, more.
-_LESS_IS_BETTER = re.compile(r"(^|_)(loss|perplexity|excess|bits|error|seconds|bytes|nll)(_|$)")
-
-
-def less_is_better(metric: str) -> bool:
-    return _LESS_IS_BETTER.search(metric) is not None
+from seqmodels.training.metrics import less_is_better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +69,13 @@ def _row(sweep: Sweep, axes: dict[str, Label], points: Sequence[Point]) -> Row:
         if point.status == FINISHED and _number(point, sweep.metric) is not None:
             candidates.setdefault(tuple(point.axes[axis] for axis in sweep.best_of), []).append(point)
     sign = -1 if less_is_better(sweep.metric) else 1
+
+    def worth(at: tuple) -> tuple[int, float]:
+        # A mean over fewer seeds leaves out those that failed.
+        return len(candidates[at]), sign * _mean(candidates[at], sweep.metric)
+
     # The first of equals: dictionaries keep the sweep's order, and max the first.
-    chosen = max(candidates, key=lambda at: sign * _mean(candidates[at], sweep.metric), default=())
+    chosen = max(candidates, key=worth, default=())
     best = dict(zip(sweep.best_of, chosen))
     taken = candidates.get(chosen, [])
     return Row(

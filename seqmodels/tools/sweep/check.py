@@ -104,7 +104,8 @@ def _check_metric(sweep: Sweep, job: TrainingJob) -> None:
     names = {"loss", *(["accuracy"] if data.input_size is None else [])}
     if data.tokenizer is not None:
         names.add("bits_per_byte")
-    if sweep.metric in names or any(metric.reads_sown for metric in data.metrics):
+    asked = {sweep.metric, *([job.goal[0]] if job.goal else [])}
+    if asked <= names or any(metric.reads_sown for metric in data.metrics):
         return
     shapes, vocab_size = data.batch_shapes(job.batch_size, job.seq_len), job.model.vocab_size
     batch = {name: jax.ShapeDtypeStruct(shape, data.dtypes[name]) for name, shape in shapes.items()}
@@ -114,6 +115,8 @@ def _check_metric(sweep: Sweep, job: TrainingJob) -> None:
         names |= metric.values(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), sums)).keys()
     if sweep.metric not in names:
         raise InputError(f"{sweep.metric_place}: sweep.metric is {sweep.metric!r}; {nearest(sweep.metric, names)}")
+    if job.goal and job.goal[0] not in names:
+        raise InputError(f"train.goal is {job.goal}, but no evaluation has that: {nearest(job.goal[0], names)}")
 
 
 def _zeros(shapes: Any) -> Any:
@@ -130,8 +133,10 @@ def check_evaluations(sweep: Sweep) -> None:
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                read_arguments(["RUN", "--suite", *shlex.split(text)])
-            continue
+                _, options = read_arguments(["RUN", "--suite", *shlex.split(text)])
+            if options.step is None:
+                continue
+            reason = f"--step is {options.step}: expected none, a point is evaluated at its last step"
         except InputError as error:
             reason = str(error)
         except SystemExit:  # of argparse, which has printed why

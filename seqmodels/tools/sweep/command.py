@@ -45,13 +45,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     chosen = choose(sweep, options.only)
     folder = None if options.sweep_dir is None else SweepFolder(options.sweep_dir)
     if options.dry_run:
-        list_points(chosen, folder)
+        list_points(chosen, folder, sweep.evaluate)
     check_evaluations(sweep)
     if template is not None:
         fits = pods.fits(template)
     else:
         fits = reads_here if has_accelerators() else fits_here
-    resolved = _check(sweep, folder, fits)
+    resolved = _check(sweep, folder, fits, keep=template is None)
     jobs = pods.pod_jobs(options.pod, chosen, resolved) if template is not None else []
     if options.dry_run:
         print(f"{len(chosen)} of {len(sweep.points)} points; nothing is wrong with them; nothing was run")
@@ -66,10 +66,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _run(sweep, [(folder.point(x.name), resolved[x.name].steps) for x in chosen], options, environment)
 
 
-def _check(sweep: Sweep, folder: SweepFolder | None, fits: Callable[[TrainingJob], None]) -> dict[str, Resolved]:
+def _check(
+    sweep: Sweep, folder: SweepFolder | None, fits: Callable[[TrainingJob], None], *, keep: bool
+) -> dict[str, Resolved]:
+    """keep: do not look again at points that the folder says have been looked at, here."""
     shape = "checking {n_fmt}/{total_fmt} points [{elapsed}<{remaining}]"
     with tqdm(total=len(sweep.points), bar_format=shape, leave=False, disable=not sys.stderr.isatty()) as bar:
-        resolved = check(sweep, folder.checked(sweep) if folder else {}, lambda name: bar.update(), fits)
+        resolved = check(sweep, folder.checked(sweep) if folder and keep else {}, lambda name: bar.update(), fits)
     if folder is not None:
         folder.check(sweep, resolved)
     return resolved
@@ -96,7 +99,7 @@ def _run(
         f"{f', {options.jobs} at a time' if options.jobs > 1 else ''}",
         flush=True,
     )
-    with Progress(points, sweep.metric) as progress:
+    with Progress(points, sweep.metric, len(todo)) as progress:
         outcome = run_points(todo, sweep.evaluate, options.jobs, progress, environment=environment)
     for line in failures([folder for folder, _ in points]):
         print(line)
@@ -129,15 +132,16 @@ def choose(sweep: Sweep, filters: Sequence[str]) -> list[Point]:
     return chosen
 
 
-def list_points(points: Sequence[Point], folder: SweepFolder | None) -> None:
+def _state(folder: PointFolder, evaluations: Sequence[str]) -> str:
+    if not programs_left(folder, evaluations):
+        return "done"
+    return "failed" if folder.failed else "begun" if folder.started else ""
+
+
+def list_points(points: Sequence[Point], folder: SweepFolder | None, evaluations: Sequence[str]) -> None:
     """A line each: name, what has become of it, bindings."""
     for point in points:
-        state = ""
-        if folder is not None:
-            of_point = folder.point(point.name)
-            state = (
-                "done" if of_point.finished else "failed" if of_point.failed else "begun" if of_point.started else ""
-            )
+        state = "" if folder is None else _state(folder.point(point.name), evaluations)
         print(f"{point.name}{f' ({state})' if state else ''}: {'; '.join(point.bindings)}")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -72,26 +73,27 @@ class PointFolder:
         return 0
 
     def is_evaluated(self, evaluation: str) -> bool:
-        """Whether the finished run has the result of this evaluation: of its last step, with these arguments."""
-        name = result_of(evaluation)
+        """Whether the finished run has the result of this evaluation, which `note_evaluation` knows: of its last step,
+        with these arguments."""
+        done, text = self.finished, self._result(evaluation)
         try:
-            result = json.loads((self.path / _EVALUATIONS / f"{name}.json").read_text())
-        except (OSError, ValueError):
+            step = json.loads(text or "{}").get("step")
+        except ValueError:
             return False
-        done = self.finished
-        return (
-            done is not None
-            and result.get("step") == done["step"]
-            and (self._evaluated().get(name, evaluation) == evaluation)
-        )
+        noted = self._evaluated().get(result_of(evaluation))
+        return done is not None and step == done["step"] and noted == [evaluation, _digest(text)]
 
     def note_evaluation(self, evaluation: str) -> None:
-        """That the result is that of these arguments."""
-        (self.path / _EVALUATIONS).mkdir(exist_ok=True)
-        noted = self._evaluated() | {result_of(evaluation): evaluation}
-        write_file(self.path / _EVALUATIONS / _EVALUATED, json.dumps(noted, indent=1) + "\n")
+        """That the result is that of these arguments; one that is written by hand later is not."""
+        text = self._result(evaluation)
+        if text is not None:
+            noted = self._evaluated() | {result_of(evaluation): [evaluation, _digest(text)]}
+            write_file(self.path / _EVALUATIONS / _EVALUATED, json.dumps(noted, indent=1) + "\n")
 
-    def _evaluated(self) -> dict[str, str]:
+    def _result(self, evaluation: str) -> str | None:
+        return _text_of(self.path / _EVALUATIONS / f"{result_of(evaluation)}.json")
+
+    def _evaluated(self) -> dict[str, list[str]]:
         file = self.path / _EVALUATIONS / _EVALUATED
         return json.loads(file.read_text()) if file.exists() else {}
 
@@ -186,8 +188,8 @@ class SweepFolder:
             yield
 
     def write(self, sweep: Sweep, resolved: Mapping[str, Resolved]) -> list[str]:
-        """Write sweep.json and, for every point, what it is and its config. Points that the sweep's file had once stay
-        as they are; returns their names."""
+        """Write sweep.json and, for every point, what it is and its config. The runs of points that the sweep's file
+        had once stay as they are; returns their names."""
         now = [
             {
                 "name": point.name,
@@ -208,6 +210,10 @@ class SweepFolder:
             "order": sweep.order,
         }
         self._put(self.path / _SWEEP, {**common, "evaluate": sweep.evaluate, "points": now, "gone": gone})
+        for entry in gone:  # the report reads them too, and the same of the sweep from all points
+            file = self.point(entry["name"]).path / POINT
+            if (text := _text_of(file)) is not None:
+                self._put(file, {**json.loads(text), **{key: common[key] for key in common if key != "order"}})
         for entry in now:
             folder = self.point(entry["name"])
             with told(f"cannot write {folder.path}", folder.path):
@@ -231,6 +237,10 @@ class SweepFolder:
             return json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {file}: {error}") from error
+
+
+def _digest(text: str | None) -> str:
+    return hashlib.sha256((text or "").encode()).hexdigest()[:16]
 
 
 def _text_of(file: Path) -> str | None:

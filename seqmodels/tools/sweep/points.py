@@ -200,7 +200,8 @@ def _conditions(bound: Mapping[str, Bound], axes: list[Axis], file: Path) -> lis
 def _check_condition(name: str, value: Any, axes: list[Axis], place: str) -> list[Label]:
     """The labels that a condition allows on an axis."""
     labels = _check_axis(name, axes, place).options
-    allowed = [*value] if isinstance(value, list | tuple) and _label(value) not in labels else [_label(value)]
+    several = isinstance(value, list | tuple) and _label(value) not in labels
+    allowed = [*map(_label, value)] if several else [_label(value)]
     for label in allowed:
         if label not in labels:
             valid = nearest(str(label), map(str, labels))

@@ -17,14 +17,15 @@ _BAR = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} updates [{elapsed}<{rem
 class Progress:
     """One line over the updates of all points; a line of its own for every point that ends.
 
-    points: all of them with their updates, the finished ones too. metric: what is told of a finished point.
+    points: all of them with their updates, the finished ones too. metric: what is told of a finished point. to_run: how
+    many of them are run.
     """
 
-    def __init__(self, points: Sequence[tuple[PointFolder, int]], metric: str):
+    def __init__(self, points: Sequence[tuple[PointFolder, int]], metric: str, to_run: int):
         self._folders = {folder.name: folder for folder, _ in points}
         self._total = {folder.name: steps for folder, steps in points}
         self._steps = {name: self._total[name] if self._is_over(name) else self._step(name) for name in self._total}
-        self._over = sum(map(self._is_over, self._total))
+        self._over = len(points) - to_run
         self._metric = metric
         self._began, self._before = time.monotonic(), sum(self._steps.values())
         self._told = time.monotonic()

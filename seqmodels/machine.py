@@ -1,0 +1,8 @@
+"""What a process has of the machine that it runs on."""
+
+import os
+
+
+def usable_cores() -> int:
+    """Of the machine's cores, those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
