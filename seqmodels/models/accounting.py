@@ -56,8 +56,11 @@ def model_costs(model: nn.Module, seq_len: int) -> dict[str, Any]:
 
 
 def mixers_of(model: nn.Module) -> Iterator[tuple[int, str, Mixer]]:
-    """The place of its layer, its name and the layer itself, for each mixer of a model, or of a model's `body`."""
+    """The place of its layer, its name and the layer itself, for each mixer of a model, or of a model's `body`. A model
+    that is not made of a `Stack` has none."""
     body = getattr(model, "body", model)
+    if not hasattr(type(body), "stack_fields"):
+        return
     stack = Stack(**body.stack_fields(), parent=None)
     blocks = stack.blocks()
     for layer in range(stack.n_layers):

@@ -10,10 +10,10 @@ from seqmodels.constructors import register_constructors
 from seqmodels.data import TextData
 from seqmodels.parallel.mesh import make_mesh, place_batch
 from seqmodels.training import TrainingJob, create_state, make_train_step, parameter_shapes
+from tests import experiments
 from tests.program.programs import write_texts
 
-REPOSITORY = Path(__file__).parents[2]
-CONFIGS = [REPOSITORY / "configs/quickstart.gin", *sorted((REPOSITORY / "configs/experiments").glob("*.gin"))]
+CONFIGS = [experiments.CONFIGS / "quickstart.gin", *experiments.RUNS]
 GOLDEN = Path(__file__).parent
 METRICS = ("loss", "gradient_norm", "update_norm")
 STEPS = 2

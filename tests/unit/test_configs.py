@@ -18,20 +18,18 @@ from seqmodels.tools.compile_check.report import START
 from seqmodels.tools.sweep.check import check
 from seqmodels.tools.sweep.points import read_sweep
 from seqmodels.training import TrainingJob, parameter_shapes
+from tests import experiments
+from tests.experiments import CONFIGS
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIGS = REPOSITORY / "configs"
 QUICKSTART = CONFIGS / "quickstart.gin"
 ONE_DEVICE = AbstractMesh((1, 1, 1, 1), MESH_AXES)
 
 
-def is_sweep(file: Path) -> bool:
-    return re.search(r"^sweep\.\w+ = ", file.read_text(), re.MULTILINE) is not None
-
-
-RUNNABLE = sorted([*(CONFIGS / "experiments").glob("*.gin"), *(CONFIGS / "long_context").glob("*.gin")])
-SWEEPS = [file for file in RUNNABLE if is_sweep(file)]
-EXPERIMENTS = [file for file in RUNNABLE if not is_sweep(file)]
+LONG_CONTEXT = sorted((CONFIGS / "long_context").glob("*.gin"))
+RUNNABLE = [*experiments.EXPERIMENTS, *LONG_CONTEXT]
+SWEEPS = [file for file in experiments.EXPERIMENTS if experiments.is_sweep(file)]
+EXPERIMENTS = [*experiments.RUNS, *LONG_CONTEXT]
 SIZES = sorted((CONFIGS / "sizes").glob("*.gin"))
 TASKS = sorted((CONFIGS / "tasks").glob("*.gin"))
 PRETRAINING = sorted((CONFIGS / "pretraining").glob("*.gin"))
@@ -134,7 +132,7 @@ def test_an_experiment_opens_like_a_methods_section(file):
     assert all(line.startswith("# ") for line in head.splitlines())
     assert re.search(r"^# Question +\S.*\?$", head, re.MULTILINE), head
     program = r"train\.py --config (\S+) --run_dir runs/\w+"
-    if is_sweep(file):
+    if experiments.is_sweep(file):
         program = r"-m seqmodels\.tools\.sweep (\S+) --sweep_dir runs/\w+(?: --jobs \d+)?"
     command = re.search(rf"^# Command +python {program}$", head, re.MULTILINE)
     assert command and REPOSITORY / command[1] == file, "the command is for another file"
