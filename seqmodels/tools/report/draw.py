@@ -206,11 +206,11 @@ def _x_axis(axes: Sequence["Axes"], picture: Picture) -> None:
 def _y_axis(axes: Sequence["Axes"], picture: Picture) -> None:
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
-    if not picture.y_log:
+    in_bytes = picture.y_label.endswith("(bytes)")
+    if not picture.y_log and not in_bytes:
         return
     axes[0].set_yscale("log")
     values = sorted(y for panel in picture.panels for line in panel.lines for y in line.y if y > 0)
-    in_bytes = picture.y_label.endswith("(bytes)")
     steps = (1, 2, 5) if values[-1] < 1e3 * values[0] else (1,)
     for ax in axes:
         ax.yaxis.set_major_locator(FixedLocator(_powers(values, 8)) if in_bytes else LogLocator(subs=steps))
