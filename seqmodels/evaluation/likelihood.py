@@ -10,19 +10,17 @@ Texts of similar length are read side by side, padded on the right to one of few
 nothing. One program is compiled for each of these lengths, and one for all texts of more than a span.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from seqmodels.data.tokenizers import Tokenizer
+from seqmodels.data.transforms import Batch
 from seqmodels.errors import InputError
 from seqmodels.evaluation.generation import batches_by_length, encode_prompt, round_up
+from seqmodels.evaluation.spans import PositionScores, read_span
 from seqmodels.models import LanguageModel
-from seqmodels.notation import Array
-from seqmodels.training.loss import LossSums, loss_sums
 
 SPAN = 512
 SHORTEST = 32
@@ -152,26 +150,26 @@ def _score_batch(
         span, state = SPAN, model.initial_state(rows, capacity=round_up(longest, SPAN))
     log_likelihood, all_greedy = np.zeros(rows), np.ones(rows, bool)
 
-    def add(sums: LossSums) -> None:
+    def add(scores: PositionScores, weights: np.ndarray) -> None:
         nonlocal log_likelihood, all_greedy
-        log_likelihood = log_likelihood - np.asarray(sums.nll, np.float64)
-        all_greedy = all_greedy & (np.asarray(sums.correct) == np.asarray(sums.weight))
+        log_likelihood = log_likelihood - np.asarray(scores.nll).sum(axis=1, dtype=np.float64)
+        all_greedy = all_greedy & (np.asarray(scores.correct) == (weights > 0)).all(axis=1)
 
     previous = None
     for batch, read in _spans(pairs, rows, span, longest):
-        current, state = _read_span(params, *batch, state, model=model)
+        scores, state = read_span(params, batch, state, model=model)
         # One span late, so that the device is never idle.
         if previous is not None:
-            add(previous)
-        previous = current
+            add(*previous)
+        previous = scores, batch["weights"]
         advance(read)
-    add(previous)
+    add(*previous)
     return [Score(float(value), bool(greedy)) for value, greedy in zip(log_likelihood, all_greedy)][: len(pairs)]
 
 
-def _spans(pairs: Sequence[Pair], rows: int, span: int, longest: int) -> Iterator[tuple[tuple[np.ndarray, ...], int]]:
-    """The batch, `span` positions at a time: tokens, the token after each, whether that is scored (1.0 or 0.0), all
-    [rows, span]; and how many positions are no padding."""
+def _spans(pairs: Sequence[Pair], rows: int, span: int, longest: int) -> Iterator[tuple[Batch, int]]:
+    """The batch, `span` positions at a time, and how many positions are no padding. A target is the token after a
+    position; its weight is 1 where it is scored."""
     texts = [np.concatenate([np.asarray(ids, np.int32) for ids in pair]) for pair in pairs]
     for start in range(0, longest, span):
         tokens, targets = np.zeros((2, rows, span), np.int32)
@@ -182,13 +180,4 @@ def _spans(pairs: Sequence[Pair], rows: int, span: int, longest: int) -> Iterato
             tokens[row, :count], targets[row, :count] = piece[:count], piece[1:]
             weights[row, max(0, len(pair.context) - 1 - start) : count] = 1.0
             read += count
-        yield (tokens, targets, weights), read
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _read_span(
-    params: Any, tokens: Array, targets: Array, weights: Array, state: Any, *, model: LanguageModel
-) -> tuple[LossSums, Any]:
-    """Sums over the scored positions of each row, arrays [rows], and the state after the span."""
-    logits, state = model.apply({"params": params}, tokens, state)
-    return jax.vmap(loss_sums)(logits, targets, weights), state
+        yield {"tokens": tokens, "targets": targets, "weights": weights}, read

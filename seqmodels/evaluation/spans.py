@@ -25,8 +25,8 @@ class PositionScores(NamedTuple):
     correct  bool, whether the target is the likeliest token
     """
 
-    nll: np.ndarray
-    correct: np.ndarray
+    nll: np.ndarray | Array
+    correct: np.ndarray | Array
 
 
 Reader = Callable[[Any, Mapping[str, np.ndarray]], Iterator[PositionScores]]
@@ -36,24 +36,28 @@ def make_reader(model: LanguageModel, *, span: int = SPAN) -> Reader:
     """A function from parameters and a batch (see `seqmodels.data.dataset`) to the scores of its spans, in order, of
     `span` positions each but for the last, which has what remains."""
 
-    of_positions = jax.vmap(jax.vmap(loss_sums))
-
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def begin(rows: int, length: int) -> Any:
-        return model.initial_state(rows, capacity=length)
-
-    @functools.partial(jax.jit, donate_argnames="state")  # a cache is written in its place, not copied
-    def read(variables: Any, batch: Mapping[str, Array], state: Any) -> tuple[tuple[Array, Array], Any]:
-        logits, state = model.apply(variables, batch["tokens"], state, batch.get("segment_ids"))
-        scores = of_positions(logits, batch["targets"], batch["weights"])
-        return (scores.nll, scores.correct > 0), state
-
     def scores_of(params: Any, batch: Mapping[str, np.ndarray]) -> Iterator[PositionScores]:
         rows, length = batch["tokens"].shape
-        state = begin(rows, length)
+        state = _begin(model, rows, length)
         for start in range(0, length, span):
             part = {name: array[:, start : start + span] for name, array in batch.items()}
-            scores, state = read({"params": params}, part, state)
+            scores, state = read_span(params, part, state, model=model)
             yield PositionScores(*map(np.asarray, scores))
 
     return scores_of
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "length"))
+def _begin(model: LanguageModel, rows: int, length: int) -> Any:
+    return model.initial_state(rows, capacity=length)
+
+
+# A cache is written in its place, not copied.
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def read_span(
+    params: Any, batch: Mapping[str, Array], state: Any, *, model: LanguageModel
+) -> tuple[PositionScores, Any]:
+    """The scores of a span that goes on from `state` (None: a text's beginning), and the state after it."""
+    logits, state = model.apply({"params": params}, batch["tokens"], state, batch.get("segment_ids"))
+    scores = jax.vmap(jax.vmap(loss_sums))(logits, batch["targets"], batch["weights"])
+    return PositionScores(scores.nll, scores.correct > 0), state

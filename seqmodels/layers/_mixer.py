@@ -4,9 +4,8 @@
 
 The author of a layer writes `setup` (the parameters), `project` (x to the operator's arguments), `readout` (the
 operator's outputs to y), `initial_state`, and what the layer costs (`state_bytes`, `flops_per_token`), and names the
-operator. Where y needs more of what was projected than the
-operator takes, a gate say, the author writes `mix` in place of `project` and `readout`. Forms, documents and state are
-this file's matter.
+operator. Where y needs more of what was projected than the operator takes, a gate say, the author writes `mix` in place
+of `project` and `readout`. Forms, documents and state are this file's matter.
 """
 
 from collections.abc import Callable

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from seqmodels.machine import usable_cores
-
 TARGET = 0.05  # seconds of a measurement: long beside the latency of a first call
 MOST_CALLS = 1000
 QUEUE = 8  # calls that can be queued without waiting, in either library
@@ -88,10 +86,9 @@ def extrapolated(
     return seconds * (length / at) ** power
 
 
-def machine_memory() -> float:
-    """Bytes that a program may ask for on this machine's CPU: as large a share of them as it has of the cores."""
-    share = MEMORY_SHARE * usable_cores() / (os.cpu_count() or 1)
-    return share * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def machine_memory(share: float = 1.0) -> float:
+    """Bytes that a program may ask for on this machine's CPU; share: of the machine, where others run beside it."""
+    return share * MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _calls_for(seconds: float, most: int) -> int:

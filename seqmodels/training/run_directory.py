@@ -7,7 +7,9 @@
     metrics.jsonl            one JSON object per line, each with its step
     tensorboard/             event files
     checkpoints/             see `seqmodels.training.checkpoint`
-    point.json               of a point of a sweep, see `seqmodels.tools.sweep`, which writes it before the run begins
+    point.json               of a point of a sweep, see `seqmodels.tools.sweep`, which writes it before the run begins;
+    FAILED                   what became of such a point, JSON with the reason
+    evaluations/             results of `seqmodels.tools.evaluate`, and evaluated.json, which of them a sweep asked for
     logs/                    what the program printed on every host, of `gcp.entry`, which begins before the program
     DONE                     JSON with the last step and the final metrics; there once the run has finished
 
@@ -38,7 +40,8 @@ from seqmodels.machine import usable_cores
 if TYPE_CHECKING:
     from etils import epath
 
-LOGS, POINT = "logs", "point.json"
+LOGS, POINT, DONE, FAILED = "logs", "point.json", "DONE", "FAILED"
+EVALUATIONS, EVALUATED = "evaluations", "evaluated.json"
 _LOCK = ".lock"
 _BEFORE = (_LOCK, LOGS, POINT)
 
@@ -88,7 +91,7 @@ class RunDirectory:
         """What `mark_finished` wrote, {"step": ..., "metrics": {...}}; None for a run that goes on."""
         with told(f"cannot read the run directory {self.path}", self.path):
             try:
-                return json.loads((self.path / "DONE").read_text())
+                return json.loads((self.path / DONE).read_text())
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -192,7 +195,7 @@ class RunDirectory:
     def mark_finished(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write `DONE`: from now on this run has nothing left to do."""
         if self.writer:
-            write_file(self.path / "DONE", json.dumps({"step": step, "metrics": dict(metrics)}, indent=1) + "\n")
+            write_file(self.path / DONE, json.dumps({"step": step, "metrics": dict(metrics)}, indent=1) + "\n")
 
     def _take_lock(self) -> None:
         file = Path(self.path) / _LOCK

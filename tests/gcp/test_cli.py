@@ -817,10 +817,8 @@ def test_what_another_request_would_not_mend_is_not_made_again(scene, cloud, com
     assert CREATE["queued_resources"] not in cloud.sent()
 
 
-def test_a_watch_that_was_killed_goes_on_and_counts_nothing_twice(cloud, command, monkeypatch):
-    """At the worst moment: the job is deleted, and not made again."""
-    cloud.tell(["running", "SUSPENDED"], ["running", "SUSPENDED"], ["running", "done"])
-    command("up", QUEUED)
+def kill_while_it_is_made_again(command, monkeypatch) -> None:
+    """`watch`, between what it takes down and what it makes anew."""
     with monkeypatch.context() as patch:
 
         def killed(self, attempt: int) -> None:
@@ -829,6 +827,13 @@ def test_a_watch_that_was_killed_goes_on_and_counts_nothing_twice(cloud, command
         patch.setattr(Queued, "_create", killed)
         with pytest.raises(KeyboardInterrupt):
             command("watch", QUEUED)
+
+
+def test_a_watch_that_was_killed_goes_on_and_counts_nothing_twice(cloud, command, monkeypatch):
+    """At the worst moment: the job is deleted, and not made again."""
+    cloud.tell(["running", "SUSPENDED"], ["running", "SUSPENDED"], ["running", "done"])
+    command("up", QUEUED)
+    kill_while_it_is_made_again(command, monkeypatch)
     assert not cloud.jobs
     code, printed = command("status", QUEUED)
     assert code == EXIT_DONE and "to be made again" in printed
@@ -844,14 +849,7 @@ def test_a_watch_that_was_killed_goes_on_and_counts_nothing_twice(cloud, command
 def test_what_is_taken_down_while_it_is_being_made_again_stays_down(cloud, command, monkeypatch):
     cloud.tell(["running", "SUSPENDED"])
     command("up", QUEUED)
-    with monkeypatch.context() as patch:
-
-        def killed(self, attempt: int) -> None:
-            raise KeyboardInterrupt
-
-        patch.setattr(Queued, "_create", killed)
-        with pytest.raises(KeyboardInterrupt):
-            command("watch", QUEUED)
+    kill_while_it_is_made_again(command, monkeypatch)
     command("down", QUEUED, "--yes")
     assert command("watch", QUEUED)[0] == EXIT_INPUT
     assert not cloud.jobs
@@ -860,14 +858,7 @@ def test_what_is_taken_down_while_it_is_being_made_again_stays_down(cloud, comma
 def test_what_is_being_made_again_is_in_its_own_place_alone(cloud, command, monkeypatch):
     cloud.tell(["running", "SUSPENDED"])
     command("up", QUEUED)
-    with monkeypatch.context() as patch:
-
-        def killed(self, attempt: int) -> None:
-            raise KeyboardInterrupt
-
-        patch.setattr(Queued, "_create", killed)
-        with pytest.raises(KeyboardInterrupt):
-            command("watch", QUEUED)
+    kill_while_it_is_made_again(command, monkeypatch)
     after = ELSEWHERE["queued_resources"]
     code, printed = command("up", after, "--resume")
     assert code == EXIT_INPUT and "us-west4-a" in printed and "restarting" in printed

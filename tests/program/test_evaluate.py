@@ -23,7 +23,7 @@ from seqmodels.files import copy_folder
 from seqmodels.models import LanguageModel
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.tools._runs import TrainedRun, open_run
-from seqmodels.tools.evaluate import command, perplexity, recall
+from seqmodels.tools.evaluate import command, needle, perplexity, recall
 from seqmodels.tools.evaluate.evaluation import Evaluation
 from seqmodels.tools.evaluate.needle import answers_found
 from seqmodels.tools.evaluate.results import as_markdown, write
@@ -236,6 +236,15 @@ def test_a_grid_of_needles(here, text_run):
     assert found["x"] == "length" and found["y"] == "depth" and {row["score"] for row in found["rows"]} == {0.0}
     assert (text_run / "evaluations" / "needle.png").read_bytes().startswith(PNG)
     assert "| 0.5 | 0 | 0 |" in ended.out
+
+
+def test_what_a_model_writes_can_be_looked_through_for_the_needle(here, text_run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(needle, "retrieval_score", lambda _, params, *what: asked.append(what) or 50.0)
+    arguments = ("--write", "--lengths", 300, "--depths", 0, 1, "--examples", 2, "--name", "written")
+    assert here(command.main, text_run, "--suite", "needle", *arguments).code == EXIT_DONE
+    assert [(task.depth, task.num_test_examples, length) for task, length in asked] == [(0.0, 2, 300), (1.0, 2, 300)]
+    assert [row["score"] for row in kept(text_run, "written")["rows"]] == [50.0, 50.0]
 
 
 # Recall

@@ -30,6 +30,7 @@ from seqmodels.evaluation.likelihood import (
     truncated,
     windows,
 )
+from seqmodels.evaluation.spans import read_span
 from seqmodels.models import LanguageModel
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.evaluation import make_evaluator
@@ -123,9 +124,9 @@ def test_likelihoods_of_the_parts_of_a_text_add_up(short_spans):
 def test_few_programs_are_compiled(short_spans):
     """One for each padded length, and one for all that is longer than a span."""
     model = tiny_model()[0].clone(norm_eps=2e-5)
-    before = likelihood._read_span._cache_size()
+    before = read_span._cache_size()
     score_continuations(model, tiny_model()[1], pairs_of(*((1, n) for n in range(1, 60))), batch_size=2)
-    assert likelihood._read_span._cache_size() - before == 3
+    assert read_span._cache_size() - before == 3
 
 
 def test_progress_counts_every_token_that_is_read(short_spans):

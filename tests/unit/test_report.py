@@ -17,6 +17,7 @@ import pytest
 
 from seqmodels.errors import InputError
 from seqmodels.files import copy_folder
+from seqmodels.tools import _pictures
 from seqmodels.tools.report import __main__ as program
 from seqmodels.tools.report import draw, events, tables
 from seqmodels.tools.report.pictures import HeatMaps, Map
@@ -560,9 +561,9 @@ def test_21_lines_differ_without_their_colours_and_with_them():
 
 
 def test_names_of_ticks_are_powers_of_two():
-    assert [draw._bytes(x) for x in (512, 2**10, 3 * 2**20, 2**31)] == ["512 B", "1 KiB", "3 MiB", "2 GiB"]
+    assert [_pictures.bytes_text(x) for x in (512, 2**10, 3 * 2**20, 2**31)] == ["512 B", "1 KiB", "3 MiB", "2 GiB"]
     assert [draw._size(x) for x in (64, 1000, 1024, 2**17, 2**21, 0.5)] == ["64", "1,000", "1k", "128k", "2M", "0.5"]
-    assert draw._powers([9_000, 190_000]) == [2.0**power for power in range(14, 18)]
+    assert _pictures._powers([9_000, 190_000], 5) == [2.0**power for power in range(14, 18)]
     assert draw._apart([64, 65, 128, 1024], 4) == [64, 128, 1024]
 
 

@@ -40,15 +40,22 @@ class MADTask(SyntheticTask):
             )
 
 
-def require_noise(task: MADTask) -> None:
-    """Raise `InputError` where `noise` is no share of positions, or there are no ids to make it of."""
-    if not 0.0 <= task.noise < 1.0:
-        raise InputError(f"{type(task).__name__}: noise is {task.noise}; expected at least 0 and less than 1")
-    task.require(noise_vocab_size=1 if task.noise else 0)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisyMADTask(MADTask):
+    """What those share in which a part may be noise: with probability `noise`, of `noise_vocab_size` ids of its own."""
+
+    noise_vocab_size: int = 0
+    noise: float = 0.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.noise < 1.0:
+            raise InputError(f"{type(self).__name__}: noise is {self.noise}; expected at least 0 and less than 1")
+        self.require(noise_vocab_size=1 if self.noise else 0)
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)
-class MADInContextRecall(MADTask):
+class MADInContextRecall(NoisyMADTask):
     """In-context recall: pairs k v k v ..., where a key that comes again has the value that it had.
 
         keys     uniform over the first half of the ids of data, drawn anew for each pair
@@ -64,11 +71,8 @@ class MADInContextRecall(MADTask):
     """
 
     vocab_size: int = 16
-    noise_vocab_size: int = 0
-    noise: float = 0.0
 
     def __post_init__(self):
-        require_noise(self)
         self.require_data_ids(2, "keys and values")
         super().__post_init__()
 
@@ -229,7 +233,7 @@ class MADMemorization(MADTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class MADCompression(MADTask):
+class MADCompression(NoisyMADTask):
     """Compression: random tokens, then the compression token, where the model must know all of them.
 
     For `seqmodels.models.Autoencoder`, which says every token from what it knows at the last position: the target at a
@@ -241,11 +245,8 @@ class MADCompression(MADTask):
     """
 
     vocab_size: int = 16
-    noise_vocab_size: int = 0
-    noise: float = 0.0
 
     def __post_init__(self):
-        require_noise(self)
         self.require_data_ids(1, "tokens")
         super().__post_init__()
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from seqmodels.data import NeedleInAHaystack, Passkey
 from seqmodels.data.synthetic.needle import RetrievalTask
 from seqmodels.errors import InputError, nearest
+from seqmodels.evaluation.retrieval import retrieval_score
 from seqmodels.evaluation.spans import SPAN, Reader, make_reader
 from seqmodels.tools._runs import TrainedRun
 from seqmodels.tools.evaluate._texts import batches_of, require_positive, require_text, rows_at_once
@@ -34,7 +35,8 @@ every length and depth, with the run's tokenizer.
   score   share of the texts, in percent, after which greedy decoding writes the answer first, all of it
 
 It is had without decoding: the model reads the answer as well, and every token of it must be the likeliest before it is
-read. Texts go through the model's state in spans of {SPAN:,} tokens.
+read. Texts go through the model's state in spans of {SPAN:,} tokens. With --write the model does write, up to twice the
+answer's tokens, and what counts is whether the answer stands anywhere in that, as in RULER.
 
   passkey    a number among repeated sentences (Mohtashami and Jaggi 2023, arXiv 2305.16300)
   s_niah_1   a number among repeated sentences (RULER, Hsieh et al. 2024, arXiv 2404.06654)
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=int, default=EXAMPLES, metavar="N", help=f"texts in each cell (default: {EXAMPLES})"
     )
+    parser.add_argument("--write", action="store_true", help="let the model write, and look for the answer in that")
     parser.add_argument("--span", type=int, default=SPAN, metavar="N", help=f"tokens in a span (default: {SPAN:,})")
 
 
@@ -79,13 +82,18 @@ def evaluate(run: TrainedRun, options: argparse.Namespace) -> Evaluation:
     lengths = _lengths(task, options.lengths, run.job.seq_len)
 
     reader, rows = make_reader(run.job.model, span=options.span), []
+
+    def score(task: RetrievalTask, length: int, at_once: int) -> float:
+        if options.write:
+            return retrieval_score(run.job.model, run.params, task, length)
+        return 100.0 * float(np.mean(answers_found(reader, run.params, task, length, at_once)))
+
     with tqdm(total=sum(lengths) * len(depths) * options.examples, unit=" tokens", unit_scale=True, leave=False) as bar:
         for length in lengths:
             at_once = rows_at_once(run, length, options.examples, options.span)
             for depth in depths:
                 bar.set_postfix_str(f"length {length:,}, depth {depth:g}")
-                found = answers_found(reader, run.params, at_depth[depth], length, at_once)
-                rows.append({"length": length, "depth": depth, "score": 100.0 * float(np.mean(found))})
+                rows.append({"length": length, "depth": depth, "score": score(at_depth[depth], length, at_once)})
                 bar.update(length * options.examples)
     notes = [f"{_named(options.task, task)}: {options.examples} texts in each cell."]
     if lengths[-1] > run.job.seq_len:

@@ -1,8 +1,4 @@
-"""The picture of an evaluation: lines over its x, bars where that is names, or maps over its x and y.
-
-Colours are those of Okabe and Ito, and the map's is cividis: both are told apart whatever one's sight; lines differ in
-their markers as well.
-"""
+"""The picture of an evaluation: lines over its x, bars where that is names, or maps over its x and y."""
 
 import io
 import itertools
@@ -12,13 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from seqmodels.tools._pictures import COLOURS, MAP, MARKERS, is_wide, mark_bytes
 from seqmodels.tools.evaluate.evaluation import Evaluation, Row
 from seqmodels.tools.evaluate.results import titled
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-WIDE = 10
-"""From this ratio of the greatest to the least on, an axis is logarithmic."""
 
 
 def draw(name: str, evaluation: Evaluation) -> bytes:
@@ -97,7 +89,7 @@ def _draw_map(figure: Any, ax: Any, evaluation: Evaluation, column: str) -> None
         values[ys.index(row[evaluation.y]), xs.index(row[evaluation.x])] = row.get(column, np.nan)
     # A percentage is of a hundred, so that the colours of two runs mean the same.
     limits = {"vmin": 0, "vmax": 100} if evaluation.units.get(column) == "%" else {}
-    image = ax.imshow(values, cmap="cividis", aspect="auto", **limits)
+    image = ax.imshow(values, cmap=MAP, aspect="auto", **limits)
     for (y, x), value in np.ndenumerate(values):
         dark = image.norm(value) < 0.5
         ax.text(x, y, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
@@ -113,13 +105,16 @@ def _scale(ax: Any, evaluation: Evaluation, columns: Sequence[str]) -> None:
     ys = [row[column] for row in evaluation.rows for column in columns if _is_number(row.get(column))]
     if all(column.endswith("accuracy") for column in columns):
         ax.set_ylim(-0.03, 1.03)
-    elif ys and min(ys) > 0 and max(ys) > WIDE * min(ys):
+    elif ys and min(ys) > 0 and all(evaluation.units.get(column) == "bytes" for column in columns):
+        ax.set_yscale("log", base=2)
+        mark_bytes(ax.yaxis, ys)
+    elif is_wide(ys):
         ax.set_yscale("log")
-    if xs[0] > 0 and xs[-1] > WIDE * xs[0]:
+    if is_wide(xs):
         ax.set_xscale("log", base=2)
     if len(xs) <= 12:
         ax.set_xticks(xs, [f"{x:,}" for x in xs], rotation=45 if len(xs) > 6 else 0)
-        ax.minorticks_off()
+        ax.xaxis.minorticks_off()
 
 
 def _label(row: Row, others: Sequence[str], column: str, columns: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
+from seqmodels.machine import share_of_cores
 from seqmodels.models.accounting import tree_bytes
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.tools._measuring import Span, Timing, extrapolated, machine_memory, measure, span
@@ -303,7 +304,7 @@ def _random(shapes: dict[str, jax.ShapeDtypeStruct], vocabulary: int) -> dict[st
 
 def _memory_of(device: jax.Device) -> float:
     """Bytes that a program may take on it."""
-    return (device.memory_stats() or {}).get("bytes_limit") or machine_memory()
+    return (device.memory_stats() or {}).get("bytes_limit") or machine_memory(share_of_cores())
 
 
 def _peak(device: jax.Device) -> str:

@@ -1,8 +1,6 @@
 """How the pictures of a report look.
 
-Of up to 21 lines each is known by its marker alone, and by its colour and its dashes together. The colours are those of
-Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart, without the yellow, which is hard
-to see on white.
+Of up to 21 lines each is known by its marker alone, and by its colour and its dashes together.
 """
 
 import io
@@ -11,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seqmodels.errors import InputError
+from seqmodels.tools._pictures import COLOURS, MAP, MARKERS, mark_bytes
 from seqmodels.tools.report.pictures import HeatMaps, Picture
 from seqmodels.tools.report.tables import label
 
@@ -18,11 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)))
 # Filled, then with a white face, then other ones.
-MARKERS = tuple((marker, filled) for filled in (True, False) for marker in "os^DvPX")
-MARKERS += (*((marker, True) for marker in ("<", ">", "*", "d", "p", "+", "x")),)
+FACES = tuple((marker, filled) for filled in (True, False) for marker in MARKERS)
+FACES += (*((marker, True) for marker in ("<", ">", "*", "d", "p", "+", "x")),)
 # Of a curve with many points, so many get a marker.
 MARKED = 7
 COLUMNS = 4
@@ -39,7 +37,7 @@ class Look(NamedTuple):
 def look(number: int) -> Look:
     """Of the line of this number."""
     dashes = DASHES[number // len(COLOURS) % len(DASHES)]
-    return Look(COLOURS[number % len(COLOURS)], dashes, *MARKERS[number % len(MARKERS)])
+    return Look(COLOURS[number % len(COLOURS)], dashes, *FACES[number % len(FACES)])
 
 
 def check() -> None:
@@ -125,8 +123,7 @@ def _maps(picture: HeatMaps) -> "Figure":
     least, most = _whole(min(known), max(known), picture.value_label)
     for ax, map_ in zip(axes, picture.maps):
         values = [[math.nan if x is None else x for x in row] for row in map_.values]
-        # Cividis looks the same to the colour-blind, and is ordered without colour.
-        shown = ax.imshow(values, cmap="cividis", vmin=least, vmax=most, aspect="auto")
+        shown = ax.imshow(values, cmap=MAP, vmin=least, vmax=most, aspect="auto")
         ax.set_title(map_.title, fontsize=8)
         ax.set_xticks(*_some([_size(x) for x in map_.x], 6), fontsize=8)
         ax.set_yticks(*_some([label(y) for y in map_.y], 8), fontsize=8)
@@ -193,18 +190,20 @@ def _x_axis(axes: Sequence["Axes"], picture: Picture) -> None:
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         return
     most = 8 if len(picture.panels) == 1 else 6
-    ticks, name = (_powers(at), _bytes) if picture.x_scale == "bytes" else (_apart(at, most), _size)
     room = (max(at) / min(at)) ** 0.06 if max(at) > min(at) else 1.5
     for ax in axes:
         ax.set_xscale("log", base=2)
         ax.set_xlim(min(at) / room, max(at) * room)
-        ax.xaxis.set_major_locator(FixedLocator(ticks))
+        if picture.x_scale == "bytes":
+            mark_bytes(ax.xaxis, at)
+            continue
+        ax.xaxis.set_major_locator(FixedLocator(_apart(at, most)))
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(lambda x, _: name(x))
+        ax.xaxis.set_major_formatter(lambda x, _: _size(x))
 
 
 def _y_axis(axes: Sequence["Axes"], picture: Picture) -> None:
-    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     in_bytes = picture.y_label.endswith("(bytes)")
     if not picture.y_log and not in_bytes:
@@ -213,11 +212,12 @@ def _y_axis(axes: Sequence["Axes"], picture: Picture) -> None:
     values = sorted(y for panel in picture.panels for line in panel.lines for y in line.y if y > 0)
     steps = (1, 2, 5) if values[-1] < 1e3 * values[0] else (1,)
     for ax in axes:
-        ax.yaxis.set_major_locator(FixedLocator(_powers(values, 8)) if in_bytes else LogLocator(subs=steps))
-        ax.yaxis.set_major_formatter(lambda y, _: _bytes(y) if in_bytes else f"{y:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
         if in_bytes:
-            ax.yaxis.set_minor_locator(NullLocator())
+            mark_bytes(ax.yaxis, values, most=8)
+            continue
+        ax.yaxis.set_major_locator(LogLocator(subs=steps))
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _apart(at: Sequence[float], most: int) -> list[float]:
@@ -228,22 +228,6 @@ def _apart(at: Sequence[float], most: int) -> list[float]:
         if x >= 0.999 * found[-1] * least:
             found.append(x)
     return found
-
-
-def _powers(at: Sequence[float], most: int = 5) -> list[float]:
-    """Powers of two among these, or where there are too few, the least and the largest of them."""
-    low, high = math.ceil(math.log2(min(at))), math.floor(math.log2(max(at)))
-    step = max(1, math.ceil((high - low + 1) / most))
-    first = -(-low // step) * step
-    found = [2.0**power for power in range(first, high + 1, step)]
-    return found if len(found) > 1 else [min(at), max(at)] if max(at) > 1.2 * min(at) else [min(at)]
-
-
-def _bytes(x: float) -> str:
-    for name, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if x >= size:
-            return f"{x / size:.3g} {name}"
-    return f"{x:.3g} B"
 
 
 def _size(x: Any) -> str:

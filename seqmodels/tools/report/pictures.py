@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from seqmodels.tools._pictures import is_wide
+from seqmodels.tools.evaluate.evaluation import Evaluation
 from seqmodels.tools.report.points import EVALUATED, Label, Point, Sweep
 from seqmodels.tools.report.selection import Row, panels_of
 from seqmodels.tools.report.tables import label
@@ -209,14 +211,15 @@ class _View:
         """A picture of each measurement; of each of a key's values where that is neither x nor the map's y."""
         first = tables[0]
         notes = first.get("notes", []) if all(x.get("notes") == first.get("notes") for x in tables) else []
-        keys = _keys(first)
+        table = Evaluation(first["x"], first.get("units", {}), first["rows"])
+        keys = table.keys
         second = first["y"] if "y" in first else next((key for key in keys[1:] if _is_range(first, key)), None)
         rest = [key for key in keys if key not in (first["x"], second)]
-        for column in (x for x in _columns(first) if x not in (*keys, second) and _has_numbers(first, x)):
+        for column in (x for x in table.columns if x not in (*keys, second) and _has_numbers(first, x)):
             for chosen in _combinations(first, rest):
                 name = "_".join(map(_file_name, dict.fromkeys([suite, column, *map(label, chosen.values())])))
                 what = ", ".join([_words(column), *(f"{_words(key)} {label(x)}" for key, x in chosen.items())])
-                asked = _Asked(suite, name, what, first["x"], second, column, chosen, first.get("units", {}), notes)
+                asked = _Asked(suite, name, what, first["x"], second, column, chosen, table.units, notes)
                 yield from self._maps(asked) if second else self._by_x(asked)
 
     def _by_x(self, asked: "_Asked") -> list[Picture]:
@@ -268,7 +271,7 @@ class _View:
         dense: bool = False,
     ) -> list[Picture]:
         panels = [panel for panel in panels if panel.lines]
-        y_log = _spans(y for panel in panels for line in panel.lines for y in line.y)
+        y_log = is_wide(y for panel in panels for line in panel.lines for y in line.y)
         return [
             Picture(part, caption, x_label, y_label, x_scale, y_log, self.lines, some, dense)
             for part, some in _parts(_file_name(name), panels, MOST_PANELS)
@@ -280,8 +283,8 @@ def _tokens(point: Point, steps: list[int]) -> list[float] | None:
 
 
 def _flops(point: Point, steps: list[int]) -> list[float] | None:
-    tokens, forward = _tokens(point, steps), point.costs.get("flops_per_token")
-    return [3 * forward * x for x in tokens] if tokens and forward else None
+    tokens, each = _tokens(point, steps), point.training_flops_per_token
+    return [each * x for x in tokens] if tokens and each else None
 
 
 def _seconds(point: Point, steps: list[int]) -> list[float] | None:
@@ -336,21 +339,6 @@ class _Asked(NamedTuple):
         return f"{_words(column)}{f' ({unit})' * bool(unit)}"
 
 
-def _columns(evaluation: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(column for row in evaluation["rows"] for column in row))
-
-
-def _keys(evaluation: dict[str, Any]) -> list[str]:
-    """The columns that tell rows apart: x, and as many of the others, from the first, as it takes."""
-    keys, rows = [evaluation["x"]], evaluation["rows"]
-    for column in _columns(evaluation):
-        if len({tuple(row.get(key) for key in keys) for row in rows}) == len(rows):
-            break
-        if column not in keys:
-            keys.append(column)
-    return keys
-
-
 def _is_range(evaluation: dict[str, Any], column: str) -> bool:
     """Whether a key is a number with so many values that it makes a map."""
     values = {row.get(column) for row in evaluation["rows"]}
@@ -376,12 +364,6 @@ def _collect(points: Sequence[Point], asked: _Asked, keys: Sequence[str]) -> dic
             if isinstance(value, int | float) and all(row.get(key) == x for key, x in asked.chosen.items()):
                 found.setdefault(tuple(row[key] for key in keys), []).append(value)
     return found
-
-
-def _spans(values: Iterable[float]) -> bool:
-    """Whether they are positive and too far apart for a linear axis, which shares of a whole are not."""
-    values = [value for value in values if value == value]
-    return bool(values) and min(values) > 0 and max(values) > max(1, 10 * min(values))
 
 
 def _parts(name: str, things: Sequence[Any], most: int) -> list[tuple[str, Sequence[Any]]]:

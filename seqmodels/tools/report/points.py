@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from seqmodels.errors import InputError, nearest
 from seqmodels.files import list_folder, to_path, told
 from seqmodels.tools.report.events import NO_TIMES, Times, read_times
-from seqmodels.training.run_directory import read_metrics
+from seqmodels.training import run_directory
+from seqmodels.training.run_directory import POINT, read_metrics
 
 if TYPE_CHECKING:
     from etils import epath
@@ -34,9 +35,6 @@ EVALUATED = "eval/"
 SEED = "seed"
 
 FINISHED, FAILED, UNFINISHED, NOT_BEGUN = "finished", "failed", "unfinished", "not begun"
-
-# In the folder of evaluations, but none: with which arguments the sweep has asked for them.
-_NOTED = "evaluated.json"
 
 # The fields of a point.json, with their types.
 FIELDS = {
@@ -97,9 +95,15 @@ class Point:
 
     @property
     def training_flops(self) -> float | None:
-        """Forward and backward, of all tokens so far."""
+        """Of all tokens so far."""
+        each = self.training_flops_per_token
+        return None if each is None or self.tokens is None else each * self.tokens
+
+    @property
+    def training_flops_per_token(self) -> float | None:
+        """Forward and backward."""
         forward = self.costs.get("flops_per_token")
-        return None if forward is None or self.tokens is None else 3 * forward * self.tokens
+        return None if forward is None else 3 * forward
 
     def per_layer(self, name: str) -> float | None:
         """The mean over layers of a number of costs.json's mixers, of which a layer may have several."""
@@ -155,8 +159,8 @@ def read_sweep(folder: str | os.PathLike, metric: str | None = None) -> Sweep:
     """
     folder = to_path(folder)
     with told(f"cannot read {folder}", folder, expected="the --sweep_dir of seqmodels.tools.sweep"):
-        folders = sorted(path for path in list_folder(folder) if (path / "point.json").exists())
-        within = not folders and (folder / "point.json").exists()
+        folders = sorted(path for path in list_folder(folder) if (path / POINT).exists())
+        within = not folders and (folder / POINT).exists()
     if within:
         raise InputError(f"{folder} is one point of a sweep; expected the folder above it, {folder.parent}")
     if not folders:
@@ -174,27 +178,27 @@ def read_sweep(folder: str | os.PathLike, metric: str | None = None) -> Sweep:
     sweep = Sweep(first["sweep"], first["question"], metric or first["metric"], first["best_of"], order, points)
     for axis in sweep.best_of:
         if axis not in order:
-            raise InputError(f"{folders[0] / 'point.json'}: best_of has {axis!r}; {nearest(axis, order)}")
+            raise InputError(f"{folders[0] / POINT}: best_of has {axis!r}; {nearest(axis, order)}")
     if sweep.results and sweep.metric not in sweep.results:
         raise InputError(f"no run in {folder} has the metric {sweep.metric!r}; {nearest(sweep.metric, sweep.results)}")
     return sweep
 
 
 def _read_point(folder: "epath.Path") -> tuple[dict[str, Any], Point]:
-    description = _read_json(folder / "point.json", FIELDS)
+    description = _read_json(folder / POINT, FIELDS)
     for axis, label in description["axes"].items():
         if not isinstance(label, Label):
-            raise InputError(f"{folder / 'point.json'}: axis {axis} is {label!r}; expected a string or a number")
+            raise InputError(f"{folder / POINT}: axis {axis} is {label!r}; expected a string or a number")
     rows = read_metrics(folder / "metrics.jsonl")
-    done = _read_json(folder / "DONE", {"step": int}, missing={})
+    done = _read_json(folder / run_directory.DONE, {"step": int}, missing={})
     sizes = _sizes(folder / "operative_config.gin")
     step = done["step"] if done else max((row["step"] for row in rows), default=0)
     starts = _read_json(folder / "environment.json", list, missing=[])
-    failure = _read_json(folder / "FAILED", {"reason": str}, missing={})
+    failure = _read_json(folder / run_directory.FAILED, {"reason": str}, missing={})
     status, reason = _status(done, failure, bool(starts), step, sizes.get("steps"))
     batch, length = sizes.get("batch_size"), sizes.get("seq_len")
-    files = (path for path in list_folder(folder / "evaluations") if path.name.endswith(".json"))
-    evaluations = sorted(path for path in files if path.name != _NOTED)
+    files = (path for path in list_folder(folder / run_directory.EVALUATIONS) if path.name.endswith(".json"))
+    evaluations = sorted(path for path in files if path.name != run_directory.EVALUATED)
     return description, Point(
         name=folder.name,
         axes=description["axes"],

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from seqmodels.errors import InputError
-from seqmodels.models.accounting import parameter_count
+from seqmodels.models.accounting import parameter_count, tree_bytes
 from seqmodels.tools.survey import quickstart
 from seqmodels.tools.survey.process import run
 from seqmodels.tools.survey.views import Progress, Result, Table, View
@@ -82,9 +82,8 @@ def measure(mixer: str, options: Any, progress: Progress) -> Result:
 def _counts(file: Path) -> Result:
     job = quickstart.read_job(file)
     state = jax.eval_shape(lambda: job.model.initial_state(1, job.seq_len))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     parameters = parameter_count(parameter_shapes(job.model, job.seq_len))
-    return {"parameters": parameters, "state_bytes": size // job.model.n_layers}
+    return {"parameters": parameters, "state_bytes": tree_bytes(state) // job.model.n_layers}
 
 
 def failure(result: Result) -> str | None:

@@ -81,7 +81,7 @@ def _check(
 def _run(
     sweep: Sweep, points: list[tuple[PointFolder, int]], options: argparse.Namespace, environment: Mapping[str, str]
 ) -> int:
-    todo, refused = [], []
+    to_run, refused = [], []
     for folder, _ in points:
         failed, left = folder.failed, programs_left(folder, sweep.evaluate)
         if failed is not None and left and not options.retry:
@@ -92,15 +92,15 @@ def _run(
                 print(f"retrying {folder.name}, which failed: {failed['reason']}")
             folder.forget_failure()
         if left:
-            todo.append(folder)
-    skipped = len(points) - len(todo) - len(refused)
+            to_run.append(folder)
+    skipped = len(points) - len(to_run) - len(refused)
     print(
-        f"{len(points)} points: {skipped} done, {len(refused)} failed before, {len(todo)} to run"
+        f"{len(points)} points: {skipped} done, {len(refused)} failed before, {len(to_run)} to run"
         f"{f', {options.jobs} at a time' if options.jobs > 1 else ''}",
         flush=True,
     )
-    with Progress(points, sweep.metric, len(todo)) as progress:
-        outcome = run_points(todo, sweep.evaluate, options.jobs, progress, environment=environment)
+    with Progress(points, sweep.metric, len(to_run)) as progress:
+        outcome = run_points(to_run, sweep.evaluate, options.jobs, progress, environment=environment)
     for line in failures([folder for folder, _ in points]):
         print(line)
     if refused:

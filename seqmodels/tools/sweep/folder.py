@@ -14,10 +14,9 @@ from seqmodels.errors import InputError
 from seqmodels.files import TEMPORARY, in_bucket, told, write_file
 from seqmodels.tools.sweep.check import Resolved
 from seqmodels.tools.sweep.points import Sweep, result_of
-from seqmodels.training.run_directory import POINT, RunDirectory
+from seqmodels.training.run_directory import EVALUATED, EVALUATIONS, FAILED, POINT, RunDirectory
 
-_LOCK, _SWEEP, _FAILED = ".lock", "sweep.json", "FAILED"
-_EVALUATIONS, _EVALUATED = "evaluations", "evaluated.json"  # the second is no result
+_LOCK, _SWEEP = ".lock", "sweep.json"
 _TAIL = 8192
 
 
@@ -48,14 +47,14 @@ class PointFolder:
     @property
     def failed(self) -> dict[str, Any] | None:
         """Of a point that has failed: {"program", "code", "reason", "says": its last lines, "log"}."""
-        file = self.path / _FAILED
+        file = self.path / FAILED
         return json.loads(file.read_text()) if file.exists() else None
 
     def fail(self, **why: Any) -> None:
-        write_file(self.path / _FAILED, json.dumps(why, indent=1) + "\n")
+        write_file(self.path / FAILED, json.dumps(why, indent=1) + "\n")
 
     def forget_failure(self) -> None:
-        (self.path / _FAILED).unlink(missing_ok=True)
+        (self.path / FAILED).unlink(missing_ok=True)
 
     @property
     def step(self) -> int:
@@ -88,13 +87,13 @@ class PointFolder:
         text = self._result(evaluation)
         if text is not None:
             noted = self._evaluated() | {result_of(evaluation): [evaluation, _digest(text)]}
-            write_file(self.path / _EVALUATIONS / _EVALUATED, json.dumps(noted, indent=1) + "\n")
+            write_file(self.path / EVALUATIONS / EVALUATED, json.dumps(noted, indent=1) + "\n")
 
     def _result(self, evaluation: str) -> str | None:
-        return _text_of(self.path / _EVALUATIONS / f"{result_of(evaluation)}.json")
+        return _text_of(self.path / EVALUATIONS / f"{result_of(evaluation)}.json")
 
     def _evaluated(self) -> dict[str, list[str]]:
-        file = self.path / _EVALUATIONS / _EVALUATED
+        file = self.path / EVALUATIONS / EVALUATED
         return json.loads(file.read_text()) if file.exists() else {}
 
     def user(self) -> str | None:

@@ -138,8 +138,10 @@ def _states(op: Any, workload: Workload, given: Inputs) -> int:
     """Bytes of the states of one sequence, one for each token."""
     import jax
 
+    from seqmodels.models.accounting import tree_bytes
+
     _, state = jax.eval_shape(lambda arrays: op.call(**arrays, **given.options), given.arrays)
-    return workload.length * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) // workload.batch
+    return workload.length * tree_bytes(state) // workload.batch
 
 
 if __name__ == "__main__":
